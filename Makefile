@@ -1,0 +1,44 @@
+# Each target sets up .venv itself. PIP_FIND_LINKS may name a folder with a CPU build of torch; without one, uv picks
+# the build that fits this machine (--torch-backend auto), so that no CUDA package lands where there is no GPU.
+VENV := .venv
+READY := $(VENV)/.ready
+RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+UV := UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(VENV)/bin/uv
+BACKEND := $(if $(wildcard $(PIP_FIND_LINKS)/torch-*),,--torch-backend auto)
+CODE := mia tests benchmarks resources/example
+
+.PHONY: demo test lint bench setup lock figure
+
+demo: $(READY)  ## run the embedded example; opens nothing, prints where the report is
+	$(RUN) snakemake --cores all --profile workflow/profiles/local
+	@echo "open results/example/report.html"
+
+test: $(READY)  ## every test, slow ones too
+	$(RUN) python -m pytest
+
+lint: $(READY)
+	$(RUN) ruff check $(CODE)
+	$(RUN) ruff format --check $(CODE)
+	$(RUN) mypy
+	$(RUN) snakefmt --check Snakefile workflow
+	$(RUN) snakemake --lint
+
+bench: $(READY)  ## speed, as ratios against a naive twin in the same run
+	$(RUN) python -m benchmarks.features
+
+setup: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
+	test -x $(VENV)/bin/uv || $(VENV)/bin/python -m pip install --quiet uv==0.13.9
+	$(UV) pip install --quiet --compile-bytecode --python $(VENV) $(BACKEND) -r requirements.lock
+	$(UV) pip install --quiet --python $(VENV) --no-deps --editable .
+	touch $@
+
+lock:  ## after a change of pyproject.toml's dependencies
+	$(UV) pip compile --quiet --no-header --extra dev --python-version 3.11 pyproject.toml -o requirements.lock
+	sed -i 's/+cpu$$//' requirements.lock
+	$(RUN) python -m tests.test_environment
+
+figure: $(READY)  ## the picture of the flow in the README; needs graphviz
+	$(RUN) snakemake --rulegraph | sed -n '/^digraph/,$$p' | dot -Tsvg > docs/flow.svg

@@ -1,0 +1,157 @@
+"""What every command shares: flags made from a stage's options, provenance, progress, image bytes by sample."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import sys
+import time
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import click
+import pyarrow as pa
+import pyarrow.compute as pc
+
+import mia
+from mia import tables
+from mia.config import STAGES, flag_name
+from mia.errors import UserError
+
+PATH = click.Path(path_type=pathlib.Path)
+
+
+def one(flag: str, help: str, **settings: Any) -> Callable:
+    """A required flag that takes one path."""
+    return click.option(flag, type=PATH, help=help, **{"required": True, **settings})
+
+
+def many(flag: str, name: str, help: str) -> Callable:
+    """A flag that takes one path each time it is given, at least once."""
+    return click.option(flag, name, type=PATH, multiple=True, required=True, help=help)
+
+
+def stage_options(stage: str) -> Callable:
+    """Flags for every field of the stage's options; the command gets the frozen dataclass as `options`."""
+    kind = STAGES[stage]
+    hints = typing.get_type_hints(kind)
+
+    def decorate(command: Callable) -> Callable:
+        def with_options(**values: Any) -> Any:
+            chosen = {f.name: values.pop(f.name) for f in dataclasses.fields(kind)}
+            return command(options=kind(**chosen), **values)
+
+        with_options.__name__, with_options.__doc__ = command.__name__, command.__doc__
+        with_options.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
+        for field in reversed(dataclasses.fields(kind)):
+            with_options = _flag(field, hints[field.name])(with_options)
+        return with_options
+
+    return decorate
+
+
+def _flag(field: dataclasses.Field, hint: Any) -> Callable:
+    name = flag_name(field.name)
+    if hint is bool:
+        return click.option(f"--{name}/--no-{name}", field.name, default=field.default)
+    if typing.get_origin(hint) is tuple:
+        kind = typing.get_args(hint)[0]
+        text = ",".join(str(v) for v in field.default)  # type: ignore[union-attr]
+        return click.option(f"--{name}", field.name, default=text, callback=listed(kind), metavar=f"{kind.__name__},...")
+    return click.option(f"--{name}", field.name, type=hint, default=field.default)
+
+
+def listed(kind: type) -> Callable:
+    """A click callback that reads comma-separated values of one kind as a tuple."""
+
+    def parse(context: click.Context, parameter: click.Parameter, text: str) -> tuple:
+        try:
+            return tuple(kind(word.strip()) for word in text.split(",") if word.strip())
+        except ValueError as problem:
+            raise click.BadParameter(f"'{text}' is not a comma-separated list of {kind.__name__}") from problem
+
+    return parse
+
+
+seed_option = click.option("--seed", type=int, default=0, help="Seed of all randomness.")
+device_option = click.option("--device", default="cpu", help="Torch device; never falls back in silence.")
+batch_option = click.option("--batch-size", type=click.IntRange(1), default=64, help="Rows per call; changes no result.")
+
+
+def made_by(stage: str, options: Any, seed: int | None, inputs: Iterable[object], **more: Any) -> dict[str, Any]:
+    """What stands in an output's file metadata. Inputs are named by content, so that no path gets in."""
+    plain = dataclasses.asdict(options) if options is not None else {}
+    text = json.dumps(plain, sort_keys=True)
+    return {
+        "stage": stage,
+        "version": getattr(options, "version", 1),
+        "options": plain,
+        "config_hash": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "seed": seed,
+        "inputs": sorted(tables.file_hash(path)[:16] for path in inputs),
+        "libraries": {"mia": mia.__version__} | tables.library_versions(("numpy", "pyarrow", *more.pop("libraries", ()))),
+        **more,
+    }
+
+
+def image_bytes(paths: Iterable[object], ids: Iterable[str]) -> dict[str, bytes]:
+    """Original bytes of the named samples, by sample id.
+
+    Raises:
+        UserError: one of them has no usable image.
+    """
+    wanted = list(ids)
+    table = tables.read(list(paths), "images", columns=("sample_id", "status", "bytes"))
+    table = table.filter(pc.is_in(table["sample_id"], pa.array(wanted, pa.string())))
+    table = table.filter(pc.equal(table["status"], "ok"))
+    found = dict(zip(table["sample_id"].to_pylist(), table["bytes"].to_pylist(), strict=True))
+    absent = [i for i in wanted if i not in found]
+    if absent:
+        raise UserError(f"{len(absent)} samples have no image, the first is {absent[0]}", "--images", "give the shards that hold them")
+    return found
+
+
+def target_folder(manifest: pathlib.Path) -> tuple[pathlib.Path, dict]:
+    """The model folder that a target's manifest names, and the manifest."""
+    from mia import models
+
+    try:
+        about = json.loads(manifest.read_text())
+    except (OSError, json.JSONDecodeError) as problem:
+        raise UserError(f"target manifest cannot be read ({problem})", manifest, "run `mia target`") from problem
+    return models.locate(about["source"], about["revision"]), about
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+    """Put `content` at `path` at once, as sorted, indented JSON."""
+    with tables.replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def progress(what: str) -> Callable[[Iterable], Iterator]:
+    """A wrapper for an iterable: a bar on a terminal, else one line at most every 30 seconds."""
+
+    def wrap(items: Iterable) -> Iterator:
+        from tqdm import tqdm
+
+        if sys.stderr.isatty():
+            return iter(tqdm(items, desc=what))
+        return _lines(items, what)
+
+    return wrap
+
+
+def _lines(items: Iterable, what: str) -> Iterator:
+    total = len(items) if hasattr(items, "__len__") else None  # type: ignore[arg-type]
+    start = said = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if done and now - said >= 30:
+            rate = done / (now - start)
+            left = f", {(total - done) / rate:.0f} s left" if total else ""
+            click.echo(f"{what}: {done} of {total or '?'}, {rate:.2f}/s{left}", err=True)
+            said = now
+        yield item

@@ -1,0 +1,267 @@
+"""Options of every stage, in data-flow order, and the check of `config.yaml` against its schema.
+
+A stage's section of `config.yaml`, its flags on the command line and its frozen dataclass here are the same names: a
+test holds the three, and the defaults, together. `version` is raised whenever a stage's result changes for the same
+input and options; it stands in the rule's parameters, so raising it reruns the stage and all that follows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import pathlib
+import shlex
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import yaml
+
+from mia.errors import UserError
+
+SCHEMA = pathlib.Path(__file__).parent.parent / "workflow" / "schemas" / "config.schema.yaml"
+
+
+@dataclasses.dataclass(frozen=True)
+class MetadataOptions:
+    """Which rows of the sources are worth a download. Empty `languages` admits every language."""
+
+    version: ClassVar[int] = 1
+    languages: tuple[str, ...] = ()
+    min_aesthetic: float = 0.0
+    min_side_px: int = 0
+    max_aspect_ratio: float = 1e9
+    min_caption_chars: int = 1
+    max_rows_per_pool: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagesOptions:
+    """What may be fetched and what is taken for an image."""
+
+    version: ClassVar[int] = 1
+    allow_local_files: bool = False
+    allow_private_hosts: tuple[str, ...] = ()
+    max_bytes: int = 20_000_000
+    max_pixels: int = 50_000_000
+    max_redirects: int = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingsOptions:
+    """The open_clip model: a name with `pretrained` tag, `local-dir:FOLDER` or `hf-hub:NAME`."""
+
+    version: ClassVar[int] = 1
+    model: str = "ViT-L-14"
+    pretrained: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class DedupOptions:
+    """A candidate closer than this to a member is a duplicate. Source: arXiv 2306.12983, L2 < 0.5 of unit CLIP."""
+
+    version: ClassVar[int] = 1
+    max_distance: float = 0.5
+    max_hamming: int = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class SanitizeOptions:
+    """Method, its strength, and how the finished dataset is cut. Source: `laion-mi/` of arXiv 2306.12983."""
+
+    version: ClassVar[int] = 1
+    method: str = "paper"
+    folds: int = 5
+    keep_above: float = 0.5
+    hidden_scale: float = 1.0
+    max_epochs: int = 100
+    max_per_side: int = 0
+    calibration_fraction: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditOptions:
+    """Which kinds of feature the blind classifiers see, and the gates that fail the run (1.0: no gate)."""
+
+    version: ClassVar[int] = 1
+    features: tuple[str, ...] = ("caption", "image", "metadata")
+    folds: int = 5
+    max_auc: float = 1.0
+    max_tpr: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """A small UNet trained on one pool, as DDPM trains: noise prediction, uniform timesteps, mean squared error."""
+
+    version: ClassVar[int] = 1
+    pool: str = "member"
+    checkpoints: tuple[int, ...] = (0, 1000)
+    max_images: int = 0
+    learning_rate: float = 1e-3
+    train_batch_size: int = 64
+    caption_dropout: float = 0.1
+    block_out_channels: tuple[int, ...] = (32, 64)
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentsOptions:
+    """Nothing to choose yet but the version: the VAE's posterior is stored whole, mean and log-variance."""
+
+    version: ClassVar[int] = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class FeaturesOptions:
+    """What is read off the model: settings by number, losses, draws, and the precision the networks run in."""
+
+    version: ClassVar[int] = 1
+    settings: tuple[int, ...] = (18, 1, 15, 16)
+    losses: tuple[str, ...] = ("model_loss", "latent_error", "pixel_error")
+    draws: int = 5
+    timesteps: str = "reconstructed"
+    dtype: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoresOptions:
+    """Attacks that turn stored features into scores, and the folds of those that need labels."""
+
+    version: ClassVar[int] = 1
+    attacks: tuple[str, ...] = ("loss_threshold", "random_forest")
+    folds: int = 5
+    trees: int = 1000
+    max_depths: tuple[int, ...] = (2, 8, 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationOptions:
+    """False-positive rates to report at, and the bootstrap behind the intervals."""
+
+    version: ClassVar[int] = 1
+    fpr_targets: tuple[float, ...] = (0.01, 0.001)
+    confidence: float = 0.95
+    bootstrap: int = 2000
+
+
+STAGES: dict[str, type] = {
+    "metadata": MetadataOptions,
+    "images": ImagesOptions,
+    "embeddings": EmbeddingsOptions,
+    "dedup": DedupOptions,
+    "sanitize": SanitizeOptions,
+    "audit": AuditOptions,
+    "train": TrainOptions,
+    "latents": LatentsOptions,
+    "features": FeaturesOptions,
+    "scores": ScoresOptions,
+    "evaluation": EvaluationOptions,
+}
+
+
+def load(path: object) -> dict[str, Any]:
+    """The checked configuration at `path`.
+
+    Raises:
+        UserError: the file is missing, is not YAML, or breaks the schema.
+    """
+    file = pathlib.Path(str(path))
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as problem:
+        raise UserError("configuration cannot be read", file, str(problem)) from problem
+    except yaml.YAMLError as problem:
+        raise UserError(f"configuration is not YAML ({problem})", file, "mend its syntax") from problem
+    return checked(config, file.name)
+
+
+def checked(config: Any, where: str = "config.yaml") -> dict[str, Any]:
+    """`config` itself when it keeps to the schema and its parts agree.
+
+    Raises:
+        UserError: names the key, its value, and how to mend it; a misspelt name is answered with the nearest valid one.
+    """
+    for error in sorted(_validator().iter_errors(config), key=lambda e: (len(e.absolute_path), str(e.absolute_path))):
+        raise _explained(error, where)
+    _check_targets(config, where)
+    return config
+
+
+@functools.cache
+def _validator() -> Any:
+    import jsonschema
+
+    return jsonschema.Draft202012Validator(yaml.safe_load(SCHEMA.read_text(encoding="utf-8")))
+
+
+def _explained(error: Any, where: str) -> UserError:
+    at = f"{where}: {_dotted(error.absolute_path)}".rstrip(": ")
+    if error.validator == "additionalProperties":
+        known = sorted(error.schema["properties"])
+        name = next(key for key in error.instance if key not in known)
+        return _wrong(at, f"unknown key '{name}'", f"use {_nearest(name, known)}")
+    if error.validator == "required":
+        name = next(key for key in error.validator_value if key not in error.instance)
+        description = error.schema["properties"].get(name, {}).get("description", "")
+        return _wrong(at, f"missing key '{name}'", f"add it: {description}")
+    if error.validator == "enum":
+        return _wrong(at, f"unknown value '{error.instance}'", f"use {_nearest(error.instance, error.validator_value)}")
+    hint = error.schema.get("description", "")
+    limits = {
+        "minimum": f"{error.instance!r} is less than {error.validator_value}",
+        "maximum": f"{error.instance!r} is greater than {error.validator_value}",
+        "exclusiveMinimum": f"{error.instance!r} is not greater than {error.validator_value}",
+        "exclusiveMaximum": f"{error.instance!r} is not less than {error.validator_value}",
+        "type": f"{error.instance!r} is not of type {error.validator_value}",
+    }
+    return _wrong(at, limits.get(error.validator, error.message), hint)
+
+
+def _wrong(at: str, what: str, fix: str) -> UserError:
+    return UserError(f"{at}: {what}" + (f"; {fix}" if fix else ""))
+
+
+def _dotted(path: Any) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+
+
+def _nearest(name: object, known: Any) -> str:
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=3, cutoff=0.5)
+    return " or ".join(f"'{c}'" for c in close) if close else "one of " + ", ".join(f"'{k}'" for k in known)
+
+
+def _check_targets(config: dict[str, Any], where: str) -> None:
+    """Exactly one target is attacked; none needs a setting that `features.settings` lacks, or a target that is none."""
+    mains = [name for name, target in config["targets"].items() if target["role"] == "main"]
+    if len(mains) != 1:
+        raise _wrong(f"{where}: targets", f"{len(mains)} targets have role 'main'", "give exactly one that role")
+    requested = set(config["features"]["settings"])
+    for name, target in config["targets"].items():
+        lender = target.get("encoders_of", name)
+        if lender not in config["targets"]:
+            nearest = _nearest(lender, config["targets"])
+            raise _wrong(f"{where}: targets.{name}.encoders_of", f"unknown target '{lender}'", f"use {nearest}")
+        extra = sorted(set(target.get("settings", requested)) - requested)
+        if extra:
+            at = f"{where}: targets.{name}.settings"
+            raise _wrong(at, f"setting {extra[0]} is not requested", "add it to features.settings")
+
+
+def flag_name(option: str) -> str:
+    """The flag, without dashes, of an option."""
+    return {"fpr_targets": "fpr"}.get(option, option.replace("_", "-"))
+
+
+def flags(stage: str, section: Mapping[str, Any]) -> str:
+    """A section of the configuration as flags of `mia <stage>`, quoted for the shell; other keys are left out."""
+    words = []
+    for field in dataclasses.fields(STAGES[stage]):
+        if field.name not in section:
+            continue
+        value, name = section[field.name], flag_name(field.name)
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            text = ",".join(str(v) for v in value) if isinstance(value, (list, tuple)) else str(value)
+            words += [f"--{name}", shlex.quote(text)]
+    return " ".join(words)

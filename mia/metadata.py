@@ -1,0 +1,95 @@
+"""Sources of image-caption metadata into one table: named columns, sample ids, and the filters before any download."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import polars as pl
+import polars.selectors
+
+from mia import tables
+from mia.config import MetadataOptions
+from mia.errors import UserError
+
+COLUMNS = ("url", "caption", "language", "width", "height", "aesthetic", "similarity", "punsafe", "pwatermark")
+_TYPES = {
+    "url": pl.String, "caption": pl.String, "language": pl.String, "width": pl.Int32, "height": pl.Int32,
+    "aesthetic": pl.Float32, "similarity": pl.Float32, "punsafe": pl.Float32, "pwatermark": pl.Float32,
+}  # fmt: skip
+
+
+def source_rows(rows: pl.DataFrame, columns: Mapping[str, str], source: str, pool: str) -> pl.DataFrame:
+    """One source's rows under our column names, with `sample_id`, `source` and `pool`; absent optional columns empty.
+
+    Args:
+        rows: as the source has them.
+        columns: our name -> the source's name.
+
+    NaN stands for a value that is not there, as pandas writes it.
+
+    Raises:
+        UserError: a name that is none of `COLUMNS`, no url or no caption, a mapped column that the source lacks, or one
+            that cannot be read as its type.
+    """
+    for name in (*(set(columns) - set(COLUMNS)), *({"url", "caption"} - set(columns))):
+        problem = "has no source's column" if name in COLUMNS else "is no column of ours"
+        raise UserError(f"'{name}' {problem}", "metadata.columns", f"map url, caption and any of {COLUMNS[2:]}")
+    for ours, theirs in columns.items():
+        if theirs not in rows.columns:
+            raise UserError(
+                f"source has no column '{theirs}' for '{ours}'", source, f"map it in metadata.columns; it has {rows.columns}"
+            )
+    named = rows.select(pl.col(theirs).alias(ours) for ours, theirs in columns.items())
+    named = named.with_columns(polars.selectors.float().fill_nan(None))
+    try:
+        out = named.select(
+            (pl.col(name).cast(kind) if name in columns else pl.lit(None, kind).alias(name)) for name, kind in _TYPES.items()
+        )
+    except (pl.exceptions.InvalidOperationError, pl.exceptions.ComputeError) as problem:
+        raise UserError(f"a column cannot be read as its type ({problem})", source, "mend the source") from problem
+    out = out.with_columns(clean_caption(pl.col("caption")), pl.lit(source).alias("source"), pl.lit(pool).alias("pool"))
+    urls, captions = out["url"].to_list(), out["caption"].to_list()
+    ids = [tables.sample_id(u or "", c or "") for u, c in zip(urls, captions, strict=True)]
+    return out.with_columns(pl.Series("sample_id", ids, pl.String))
+
+
+def clean_caption(caption: pl.Expr) -> pl.Expr:
+    """Control and format characters become spaces, runs of white space one space, and none stands at the ends."""
+    return caption.str.replace_all(r"[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]", " ").str.replace_all(r"\s+", " ").str.strip_chars()
+
+
+def select(rows: pl.DataFrame, options: MetadataOptions) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Rows that pass every filter, and a `dropped` table (reason, pool, rows): each row dropped once, by its first reason.
+
+    A row that lacks a value passes the filter on it. Of rows with one url and caption a member is kept before others.
+
+    Raises:
+        UserError: a pool that had rows has none left.
+    """
+    side = pl.min_horizontal("width", "height")
+    aspect = pl.max_horizontal("width", "height") / side
+    reasons = {
+        "url or caption empty": pl.col("url").fill_null("").eq("") | pl.col("caption").fill_null("").eq(""),
+        "caption too short": pl.col("caption").str.len_chars() < options.min_caption_chars,
+        "language": ~pl.col("language").is_in(options.languages) if options.languages else pl.lit(False),
+        "aesthetic score": pl.col("aesthetic") < options.min_aesthetic,
+        "too small": side < options.min_side_px,
+        "aspect ratio": aspect > options.max_aspect_ratio,
+        "same url and caption": pl.int_range(pl.len()).over("sample_id") > 0,
+    }
+    reason = pl.coalesce(pl.when(test.fill_null(False)).then(pl.lit(name)) for name, test in reasons.items())
+    order = ["sample_id", "pool", *(name for name in rows.columns if name not in ("sample_id", "pool"))]
+    marked = rows.sort(order, descending=[name == "pool" for name in order]).with_columns(reason.alias("reason"))
+    if options.max_rows_per_pool:
+        kept_rank = pl.col("reason").is_null().cum_sum().over("pool")
+        over = pl.col("reason").is_null() & (kept_rank > options.max_rows_per_pool)
+        marked = marked.with_columns(pl.when(over).then(pl.lit("above max_rows_per_pool")).otherwise("reason").alias("reason"))
+    kept = marked.filter(pl.col("reason").is_null()).drop("reason")
+    for pool in rows["pool"].unique().sort():
+        if not (kept["pool"] == pool).any():
+            worst = marked.filter(pl.col("pool") == pool)["reason"].mode().first()
+            raise UserError(
+                f"no {pool} rows are left after the filters (most dropped for: {worst})", "metadata", "loosen that filter"
+            )
+    dropped = marked.drop_nulls("reason").group_by("reason", "pool").len("rows").sort("reason", "pool")
+    return kept, dropped

@@ -1,0 +1,264 @@
+"""Loading models, by safetensors only, from a local folder or the hub, and running them in safe batches.
+
+A *source* is a diffusers folder or a hub name; a *target* is a source whose parts agree with what the attacks assume.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mia import settings, tables
+from mia.compat import ensure_torchvision
+from mia.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+MIN_BATCH = 16
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+ENCODERS = ("vae", "text_encoder", "tokenizer")
+LIBRARIES = ("torch", "diffusers", "transformers", "numpy")
+
+
+def quieten() -> None:
+    """Leave the log to us: no progress bars and no advice from the libraries that load models."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def device(name: str) -> torch.device:
+    """The named torch device.
+
+    Raises:
+        UserError: CUDA is asked for and there is none. Never falls back in silence.
+    """
+    import torch
+
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("CUDA is asked for but torch finds no CUDA device", "execution.device", "use a GPU node or 'cpu'")
+    return torch.device(name)
+
+
+def batches(rows: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Row numbers in runs of at most `size`, each with the count of rows that are real.
+
+    Kernels for very small batches sum in another order, so a run shorter than `MIN_BATCH` is padded by repeating its
+    last row. With that, results were bit-equal for every batch size, order and position tried (torch 2.13, CPU).
+    """
+    for start in range(0, rows, size):
+        run = np.arange(start, min(start + size, rows))
+        yield np.pad(run, (0, max(0, MIN_BATCH - len(run))), mode="edge"), len(run)
+
+
+def locate(source: str, revision: str = "") -> pathlib.Path:
+    """The folder that holds `source`: itself when it is one, else a snapshot of the hub's repository.
+
+    Raises:
+        UserError: neither a folder nor to be had from the hub; or a part of the model is missing.
+    """
+    folder = pathlib.Path(source)
+    if not folder.is_dir():
+        folder = _snapshot(source, revision)
+    missing = [part for part in PARTS if not (folder / part).is_dir()]
+    if missing or not (folder / "model_index.json").is_file():
+        raise UserError(
+            f"model folder lacks {', '.join(missing) or 'model_index.json'}", folder,
+            "give a complete diffusers folder (model_index.json, " + ", ".join(PARTS) + ")",
+        )  # fmt: skip
+    return folder
+
+
+def _snapshot(source: str, revision: str) -> pathlib.Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        wanted = ["*.json", "*.txt", *(f"{part}/*.safetensors" for part in PARTS)]
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(source, revision=revision or None, allow_patterns=wanted)
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as problem:
+        raise UserError(
+            f"model '{source}' is neither a folder nor on the hub ({type(problem).__name__})",
+            "targets.*.source", "mend the name or the revision, or download it to a folder first",
+        ) from problem  # fmt: skip
+
+
+def _loaded(build: Any, folder: pathlib.Path, part: str, **options: Any) -> Any:
+    quieten()
+    try:
+        return build.from_pretrained(
+            folder, subfolder=part, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, **options
+        )
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as problem:
+        raise UserError(f"{part} cannot be loaded ({problem})", folder / part, "give a complete diffusers part") from problem
+
+
+def unet(folder: pathlib.Path, on: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """The noise predictor, in evaluation mode, without gradients."""
+    ensure_torchvision()
+    from diffusers import UNet2DConditionModel
+
+    return _loaded(UNet2DConditionModel, folder, "unet").eval().requires_grad_(False).to(on, dtype)
+
+
+def vae(folder: pathlib.Path, on: torch.device, dtype: torch.dtype, part: str = "vae") -> torch.nn.Module:
+    """The autoencoder; `config.scaling_factor` is applied by the caller."""
+    ensure_torchvision()
+    from diffusers import AutoencoderKL
+
+    return _loaded(AutoencoderKL, folder, part).eval().requires_grad_(False).to(on, dtype)
+
+
+def tokenizer(folder: pathlib.Path) -> Any:
+    """The tokenizer of a model folder."""
+    ensure_torchvision()
+    from transformers import CLIPTokenizer
+
+    try:
+        return CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    except (OSError, ValueError) as problem:
+        raise UserError(f"tokenizer cannot be loaded ({problem})", folder / "tokenizer", "give its files") from problem
+
+
+def text_encoder(folder: pathlib.Path, on: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """The text encoder of a model folder."""
+    ensure_torchvision()
+    from transformers import CLIPTextModel
+
+    return _loaded(CLIPTextModel, folder, "text_encoder").eval().requires_grad_(False).to(on, dtype)
+
+
+def text_states(
+    tokenize: Any, encoder: torch.nn.Module, captions: list[str], batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Last hidden states, float32[n, tokens, width], padded and truncated to the model's length, and int32[n] token counts.
+
+    A count above the model's length tells that the caption was truncated.
+    """
+    import torch
+
+    states, counts = [], []
+    for run, real in batches(len(captions), batch_size):
+        some = [captions[i] for i in run]
+        tokens = tokenize(
+            some, padding="max_length", max_length=tokenize.model_max_length, truncation=True, return_tensors="pt"
+        )
+        with torch.inference_mode():
+            hidden = encoder(tokens.input_ids.to(encoder.device))[0]
+        states.append(hidden[:real].float().cpu().numpy())
+        counts += [len(ids) for ids in tokenize(some[:real]).input_ids]
+    return np.concatenate(states), np.array(counts, dtype=np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The noise schedule: alpha_bar, float64[train_steps], and what stands for it below timestep 0."""
+
+    alpha_bar: np.ndarray
+    final: float
+
+    def at(self, timestep: int | np.ndarray) -> np.ndarray:
+        """alpha_bar at `timestep`; `final` where the timestep is below 0."""
+        timestep = np.asarray(timestep)
+        return np.where(timestep < 0, self.final, self.alpha_bar[np.maximum(timestep, 0)])
+
+
+def schedule(folder: pathlib.Path) -> Schedule:
+    """The schedule of the model's own scheduler config, as DDIM reads it.
+
+    Raises:
+        UserError: the scheduler disagrees with its own betas, predicts something other than noise, or clips latents.
+    """
+    ensure_torchvision()
+    from diffusers import DDIMScheduler
+
+    ddim = _loaded_scheduler(DDIMScheduler, folder)
+    if ddim.config.prediction_type != "epsilon":
+        raise UserError(f"prediction type '{ddim.config.prediction_type}' is not supported", folder, "use an epsilon model")
+    if ddim.config.clip_sample:
+        raise UserError("the scheduler clips latents", folder / "scheduler", 'say "clip_sample": false in its config')
+    found = ddim.alphas_cumprod.double().numpy()
+    if ddim.config.beta_schedule == "scaled_linear":
+        wanted = settings.alpha_bar(ddim.config.beta_start, ddim.config.beta_end, len(found))
+        if not np.allclose(found, wanted, rtol=1e-4):
+            raise UserError(
+                f"alpha_bar(300) is {found[300]:.4f}, its betas say {wanted[300]:.4f}", folder / "scheduler",
+                "mend scheduler_config.json",
+            )  # fmt: skip
+        found = wanted  # the scheduler's own are float32
+    return Schedule(found, 1.0 if ddim.config.set_alpha_to_one else float(found[0]))
+
+
+def _loaded_scheduler(build: Any, folder: pathlib.Path) -> Any:
+    try:
+        return build.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+    except (OSError, ValueError) as problem:
+        raise UserError(f"scheduler cannot be loaded ({problem})", folder / "scheduler", "give its config") from problem
+
+
+def part_hash(folder: pathlib.Path, *parts: str) -> str:
+    """One hash over every weight and config file of the named parts of a model folder: 16 hex digits."""
+    digest = hashlib.sha256()
+    for file in sorted(path for part in parts for path in (folder / part).rglob("*")):
+        if file.suffix in {".safetensors", ".json", ".txt"}:
+            digest.update(f"{file.relative_to(folder)} {tables.file_hash(file)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def part_config(folder: pathlib.Path, part: str) -> dict[str, Any]:
+    """A part's own configuration file."""
+    file = folder / part / "config.json"
+    try:
+        return json.loads(file.read_text())
+    except (OSError, json.JSONDecodeError) as problem:
+        raise UserError(f"{part} configuration cannot be read ({problem})", file, "give a complete diffusers part") from problem
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """`float64`, `float32`, `bfloat16` or `float16` as torch knows it."""
+    import torch
+
+    return {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def encoder(model: str, pretrained: str, on: torch.device) -> tuple[Any, Any, Any, str]:
+    """An open_clip model in evaluation mode, its image preprocessing, its tokenizer, and the hash of its weights.
+
+    Raises:
+        UserError: no such model or folder.
+    """
+    ensure_torchvision()
+    import open_clip
+
+    if model.startswith("local-dir:"):
+        folder = pathlib.Path(model.removeprefix("local-dir:"))
+        if not (folder / "open_clip_config.json").is_file():
+            raise UserError("folder holds no open_clip model", folder, "it needs open_clip_config.json and safetensors")
+        model = f"local-dir:{folder.resolve()}"
+    try:
+        net, _, preprocess = open_clip.create_model_and_transforms(model, pretrained=pretrained or None, precision="fp32")
+        tokenize = open_clip.get_tokenizer(model)
+    except (RuntimeError, OSError, ValueError) as problem:
+        raise UserError(f"open_clip cannot make '{model}' ({problem})", "embeddings.model", "see open_clip.list_pretrained()") from problem
+    return net.eval().requires_grad_(False).to(on), preprocess, tokenize, state_hash(net)
+
+
+def state_hash(net: torch.nn.Module) -> str:
+    """A hash of a network's weights wherever they came from: 16 hex digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(net.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

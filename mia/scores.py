@@ -1,0 +1,128 @@
+"""Attacks: cheap functions from stored features to one number per image and variant, high = member, always."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from mia import settings, tables
+from mia.config import ScoresOptions
+from mia.errors import UserError
+
+ATTACKS = ("loss_threshold", "random_forest")
+
+
+def mean_losses(features: pl.DataFrame, numbers: Iterable[int]) -> pl.DataFrame:
+    """Each loss averaged over draws: sample_id, setting (its name), timestep, loss, value; low = member."""
+    names = {settings.own_block(settings.setting(n)): settings.setting(n).name for n in numbers}
+    present = [loss for loss in settings.LOSSES if features[loss].null_count() < len(features)]
+    rows = features.filter(pl.col("block").is_in(list(names))).sort("block", "timestep", "sample_id", "draw")
+    # In this order, on every machine: the forest draws among columns by their place.
+    mean = rows.group_by("sample_id", "block", "timestep", maintain_order=True).agg(pl.col(present).mean())
+    long = mean.unpivot(present, index=["sample_id", "block", "timestep"], variable_name="loss").drop_nulls("value")
+    return long.with_columns(pl.col("block").replace_strict(names, return_dtype=pl.String).alias("setting")).drop(
+        "block"
+    )
+
+
+def loss_threshold(losses: pl.DataFrame) -> pl.DataFrame:
+    """Minus the mean loss: attack = the setting's name, variant = `<loss>@<timestep>`. Source: arXiv 2306.12983, 3."""
+    return losses.select(
+        "sample_id", pl.col("setting").alias("attack"),
+        pl.format("{}@{}", "loss", pl.col("timestep").cast(pl.String).str.zfill(3)).alias("variant"),
+        (-pl.col("value")).alias("score"),
+    )  # fmt: skip
+
+
+def random_forest(losses: pl.DataFrame, labels: pl.DataFrame, options: ScoresOptions, seed: int) -> pl.DataFrame:
+    """A random forest on all settings' losses at all timesteps, depth chosen by AUC in inner folds.
+
+    Fitted on calibration; calibration rows are scored out of fold. Only calibration labels are read.
+    Source: `classifiers_evaluation.py` of arXiv 2306.12983, with groups kept whole and nothing chosen on test.
+
+    Args:
+        labels: sample_id, group, and `member`, which is null in the test part.
+    """
+    wide = losses.with_columns(pl.format("{} {}@{}", "setting", "loss", "timestep").alias("column"))
+    wide = wide.pivot("column", index="sample_id", values="value").sort("sample_id")
+    partial = wide.filter(pl.any_horizontal(pl.all().is_null()))
+    if len(partial):
+        raise UserError(
+            f"{len(partial)} samples lack some of the losses", partial["sample_id"][0], "extract every block for all"
+        )
+    x = wide.drop("sample_id").to_numpy()
+    known = wide.select("sample_id").join(labels, on="sample_id", how="left", maintain_order="left")
+    calibration = np.flatnonzero(known["member"].is_not_null().to_numpy())
+    if len(calibration) < 50:
+        raise UserError(
+            f"{len(calibration)} labelled samples", "scores.attacks: random_forest", "50 are needed: bring more"
+        )
+    score = np.empty(len(x))
+    y = known["member"].to_numpy()[calibration].astype(bool)
+    group = known["group"].to_numpy()[calibration]
+    fewest = min(len(set(group[y])), len(set(group[~y])))
+    if fewest < 2 * options.folds:
+        what = f"a side has {fewest} groups of labelled samples"
+        raise UserError(
+            what, "scores.attacks: random_forest", f"{2 * options.folds} are needed for {options.folds} folds"
+        )
+    for train, test in _folds(options.folds, seed).split(calibration, y, group):
+        model = _chosen_forest(x[calibration[train]], y[train], group[train], options, seed)
+        score[calibration[test]] = model.predict_proba(x[calibration[test]])[:, 1]
+    rest = np.setdiff1d(np.arange(len(x)), calibration)
+    if len(rest):
+        score[rest] = _chosen_forest(x[calibration], y, group, options, seed).predict_proba(x[rest])[:, 1]
+    return wide.select(
+        "sample_id", pl.lit("random_forest").alias("attack"), pl.lit("all").alias("variant"), pl.Series("score", score)
+    )
+
+
+def _folds(count: int, seed: int) -> Any:
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    return StratifiedGroupKFold(count, shuffle=True, random_state=seed)
+
+
+def _chosen_forest(x: np.ndarray, y: np.ndarray, group: np.ndarray, options: ScoresOptions, seed: int) -> Any:
+    from sklearn.ensemble import RandomForestClassifier
+    from sklearn.model_selection import GridSearchCV
+
+    forest = RandomForestClassifier(options.trees, random_state=seed)
+    search = GridSearchCV(
+        forest, {"max_depth": list(options.max_depths)}, scoring="roc_auc", cv=_folds(options.folds, seed)
+    )
+    return search.fit(x, y, groups=group)
+
+
+def attack_scores(
+    features: pl.DataFrame, labels: pl.DataFrame, numbers: Iterable[int], options: ScoresOptions, seed: int
+) -> pl.DataFrame:
+    """The scores table of every attack in `options.attacks`.
+
+    Raises:
+        UserError: no attack or an unknown one, a setting whose block was not extracted, too few labels for a forest.
+    """
+    numbers = list(numbers)
+    unknown = [attack for attack in options.attacks if attack not in ATTACKS]
+    if not options.attacks:
+        raise UserError("no attack is asked for", "scores.attacks", f"use {list(ATTACKS)}")
+    if unknown:
+        raise UserError(f"unknown attack '{unknown[0]}'", "scores.attacks", f"use {list(ATTACKS)}")
+    blocks = set(features["block"].unique())
+    for number in numbers:
+        if settings.own_block(settings.setting(number)) not in blocks:
+            raise UserError(
+                f"setting {number} was not extracted", "features", f"run `mia features --settings {number}`"
+            )
+    if features.select(tables.key("features")).is_duplicated().any():
+        raise UserError("features hold a row twice", "features", "give each shard once")
+    losses = mean_losses(features, numbers)
+    out = []
+    if "loss_threshold" in options.attacks:
+        out.append(loss_threshold(losses))
+    if "random_forest" in options.attacks:
+        out.append(random_forest(losses, labels, options, seed))
+    return pl.concat(out).select(tables.SCHEMAS["scores"].names)

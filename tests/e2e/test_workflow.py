@@ -1,0 +1,168 @@
+"""The workflow itself: a small real run, then what a change reruns, by dry runs on its results."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+AFTER_DEDUP = {
+    "dedup", "train", "target", "sanitize", "distance", "audit", "evaluation_blind", "latents", "features", "scores",
+    "evaluation", "report", "all",
+}  # fmt: skip
+
+
+def small() -> dict:
+    """The example's configuration, cut to what runs in a minute or two."""
+    config = yaml.safe_load((ROOT / "config.yaml").read_text())
+    config["name"] = "small"
+    config["shards"] = 1
+    config["metadata"]["max_rows_per_pool"] = 150
+    config["sanitize"] |= {"keep_above": 0.0, "max_epochs": 2, "folds": 2, "max_per_side": 110}
+    config["features"] |= {"settings": [18, 16], "draws": 1}
+    config["scores"] |= {"trees": 10, "folds": 2}
+    config["audit"] |= {"folds": 2}
+    config["evaluation"] |= {"bootstrap": 100}
+    models = config["train"]["models"]
+    models["trained_on_members"] |= {"checkpoints": [0, 3], "block_out_channels": [16, 32]}
+    models["trained_on_neither"] |= {"checkpoints": [3], "block_out_channels": [16, 32]}
+    config["targets"] = {
+        "main": {"role": "main", "source": "results/small/models/trained_on_members/step-00003", "step": 3},
+        "neither": {
+            "role": "negative_control", "source": "results/small/models/trained_on_neither/step-00003", "encoders_of": "main",
+        },
+    }  # fmt: skip
+    return config
+
+
+class Checkout:
+    """A copy of the repository in which a run may be made and things may be changed."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder = folder
+        listed = subprocess.run(
+            ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.split("\n")
+        for name in filter(None, listed):
+            if (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, folder / name)
+
+    def snakemake(self, config: dict, *arguments: str) -> subprocess.CompletedProcess:
+        file = self.folder / "small.yaml"
+        text = yaml.safe_dump(config, sort_keys=False)
+        if not file.is_file() or file.read_text() != text:
+            file.write_text(text)
+        environment = os.environ | {
+            "PYTHONPATH": str(self.folder), "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
+        }  # fmt: skip
+        return subprocess.run(
+            ["snakemake", "--configfile", "small.yaml", *arguments], cwd=self.folder, env=environment,
+            capture_output=True, text=True,
+        )  # fmt: skip
+
+    def reruns(self, config: dict) -> dict[str, int]:
+        """Rule -> number of jobs that a run would start."""
+        run = self.snakemake(config, "-n", "--quiet", "progress")
+        assert run.returncode == 0, run.stdout + run.stderr
+        if "Nothing to be done" in run.stdout + run.stderr:
+            return {}
+        stats = (run.stdout + run.stderr).split("Job stats:")[1].split("total")[0]
+        return {rule: int(count) for rule, count in re.findall(r"^(\w+)\s+(\d+)$", stats, re.M)}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Checkout:
+    checkout = Checkout(tmp_path_factory.mktemp("checkout"))
+    run = checkout.snakemake(small(), "--cores", "2", "--show-failed-logs")
+    assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
+    return checkout
+
+
+def test_a_finished_run_has_its_report_and_nothing_more_to_do(done):
+    assert (done.folder / "results/small/report.html").stat().st_size > 10_000
+    assert done.reruns(small()) == {}
+
+
+def test_batch_size_reruns_nothing(done):
+    config = small()
+    config["execution"] |= {"batch_size": 7, "concurrency": 3, "timeout_s": 5}
+    assert done.reruns(config) == {}
+
+
+def test_an_attacks_option_reruns_scores_evaluation_and_report(done):
+    config = small()
+    config["scores"]["trees"] = 11
+    assert done.reruns(config) == {"scores": 2, "evaluation": 2, "report": 1, "all": 1}
+
+
+def test_another_setting_extracts_only_its_own_block(done):
+    config = small()
+    config["features"]["settings"] = [18, 16, 15]
+    assert done.reruns(config) == {"features": 2, "scores": 2, "evaluation": 2, "report": 1, "all": 1}
+
+
+def test_raising_a_stages_version_reruns_it_and_all_after_it(done):
+    module = done.folder / "mia" / "config.py"
+    before = module.read_text()
+    head, tail = before.split("class DedupOptions", 1)
+    module.write_text(head + "class DedupOptions" + tail.replace("version: ClassVar[int] = 1", "version: ClassVar[int] = 2", 1))
+    try:
+        assert set(done.reruns(small())) == AFTER_DEDUP
+    finally:
+        module.write_text(before)
+    assert done.reruns(small()) == {}
+
+
+def test_latents_and_features_are_given_no_file_with_a_label(done):
+    run = done.snakemake(small(), "-n", "--forceall")
+    inputs = re.findall(r"rule (latents|features):\n\s+input: (.*)", run.stdout + run.stderr)
+    assert len(inputs) == 3
+    for _, files in inputs:
+        for file in files.split(", "):
+            assert re.search(r"\.selection\.parquet|/images/|/latents/|/targets/", file), file
+
+
+def test_a_mistake_in_the_configuration_is_one_line(done):
+    config = copy.deepcopy(small())
+    config["dedup"]["max_distnace"] = config["dedup"].pop("max_distance")
+    run = done.snakemake(config, "-n")
+    assert run.returncode != 0
+    assert "unknown key 'max_distnace'; use 'max_distance'" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_lint_finds_nothing(done):
+    run = done.snakemake(small(), "--lint")
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_snakemakes_own_report_holds_the_figures(done):
+    run = done.snakemake(small(), "--report", "archive.html")
+    assert run.returncode == 0, run.stderr
+    assert "roc" in (done.folder / "archive.html").read_text()
+
+
+def test_results_are_the_same_bytes_from_one_shard_and_from_three(done):
+    config = small()
+    config["shards"] = 3
+    config["name"] = "small"
+    other = done.folder / "three"
+    shutil.copytree(done.folder, other, ignore=shutil.ignore_patterns("results", ".snakemake", "three"))
+    run = Checkout.snakemake(type("At", (), {"folder": other})(), config, "--cores", "2", "results/small/scores/main.parquet")
+    assert run.returncode == 0, run.stderr[-2000:]
+    import pyarrow.parquet as pq
+
+    one, three = (pq.read_table(at / "results/small/scores/main.parquet") for at in (done.folder, other))
+    assert one.replace_schema_metadata(None).equals(three.replace_schema_metadata(None))

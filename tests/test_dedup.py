@@ -1,0 +1,371 @@
+"""Near-duplicates and groups against plain loops over every pair, and the rules at the edges of the thresholds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mia import cli, dedup, tables
+from mia.config import DedupOptions
+from mia.errors import UserError
+
+LOOSE = DedupOptions(max_distance=0.5, max_hamming=6)
+
+
+def sample(*rows: tuple) -> dedup.Sample:
+    """Rows of (id, pool, caption, vector, hash)."""
+    ids, pools, captions, vectors, hashes = zip(*rows, strict=True)
+    return dedup.Sample(
+        np.array(ids, dtype=object), np.array(pools, dtype=object), np.array(captions, dtype=object),
+        np.array(vectors, dtype=np.float32), np.array(hashes, dtype=np.uint64),
+    )  # fmt: skip
+
+
+def angle(degrees: float) -> tuple[float, float]:
+    return math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+
+
+def far(number: int) -> int:
+    """Hashes of 64 bits that differ from each other in many bits."""
+    return int(np.random.default_rng(number).integers(0, 2**63)) * 2 + number % 2
+
+
+def found(samples: dedup.Sample, options: DedupOptions = LOOSE) -> dict[str, dict]:
+    table = dedup.deduplicate(samples, options)
+    return {row["sample_id"]: row for row in tables.check(table, "duplicates").to_pylist()}
+
+
+def crowd(seed: int, n: int = 90) -> dedup.Sample:
+    """Clusters of look-alikes in five dimensions, hashes of a few flipped bits, and few captions, over three pools."""
+    r = np.random.default_rng(seed)
+    centres = r.normal(size=(14, 5))
+    which = r.integers(0, 14, n)
+    x = centres[which] + r.normal(size=(n, 5)) * r.choice([0.02, 0.2, 0.5], (n, 1))
+    base = np.array([far(i) for i in range(20)], dtype=np.uint64)[r.integers(0, 20, n)]
+    flips = [sum(1 << int(b) for b in r.choice(64, r.integers(0, 9), replace=False)) for _ in range(n)]
+    pools = r.choice(["member", "candidate", "control"], n)
+    captions = [["A cat", "a CAT", "dog"][i] if i < 3 else f"caption {j}" for j, i in enumerate(r.integers(0, 25, n))]
+    ids = [tables.sample_id(f"{seed} {i}", captions[i]) for i in range(n)]
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    return sample(*zip(ids, pools, captions, unit, [int(b) ^ f for b, f in zip(base, flips, strict=True)], strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ oracles
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    return math.sqrt(sum((float(p) - float(q)) ** 2 for p, q in zip(a, b, strict=True)))
+
+
+def differing(a: int, b: int) -> int:
+    return bin(int(a) ^ int(b)).count("1")
+
+
+def oracle(samples: dedup.Sample, options: DedupOptions) -> dict[str, dict]:
+    against = {"member": (), "candidate": ("member",), "control": ("member", "candidate")}
+    rows, n = {}, len(samples.ids)
+    for i in range(n):
+        others = [j for j in range(n) if samples.pools[j] in against[samples.pools[i]]]
+        row = {"distance": None, "hamming": None, "method": None, "reason": None, "nearest_id": None}
+        if others:
+            by_distance = min(others, key=lambda j: distance(samples.embeddings[i], samples.embeddings[j]))
+            by_bits = min(others, key=lambda j: differing(samples.phash[i], samples.phash[j]))
+            row["distance"] = distance(samples.embeddings[i], samples.embeddings[by_distance])
+            row["hamming"] = differing(samples.phash[i], samples.phash[by_bits])
+            clip, bits = row["distance"] < options.max_distance, row["hamming"] <= options.max_hamming
+            row["method"] = {(1, 1): "clip+phash", (1, 0): "clip", (0, 1): "phash", (0, 0): None}[clip, bits]
+            row["reason"] = "near-duplicate" if clip or bits else None
+            row["nearest_id"] = samples.ids[by_bits if bits and not clip else by_distance]
+        rows[samples.ids[i]] = row
+    group = {i: i for i in range(n)}
+    kept = [i for i in range(n) if rows[samples.ids[i]]["reason"] is None]
+    changing = True
+    while changing:  # spread the smallest id along every link until nothing changes
+        changing = False
+        for i in kept:
+            for j in kept:
+                linked = (
+                    distance(samples.embeddings[i], samples.embeddings[j]) < options.max_distance
+                    or differing(samples.phash[i], samples.phash[j]) <= options.max_hamming
+                    or samples.captions[i].casefold() == samples.captions[j].casefold()
+                )
+                if linked and samples.ids[group[i]] < samples.ids[group[j]]:
+                    group[j], changing = group[i], True
+    return {name: row | {"group": samples.ids[group[i]]} for i, (name, row) in enumerate(rows.items())}
+
+
+# ------------------------------------------------------------------------------------------------ nearest
+
+
+def test_nearest_agrees_with_a_loop_over_all_pairs():
+    r = np.random.default_rng(0)
+    a, b = r.normal(size=(40, 6)).astype(np.float32), r.normal(size=(30, 6)).astype(np.float32)
+    index, found_distance = dedup.nearest(a, b)
+    for row in range(40):
+        every = [distance(a[row], other) for other in b]
+        assert index[row] == every.index(min(every))
+        assert found_distance[row] == pytest.approx(min(every), rel=1e-12)
+
+
+def test_nearest_by_hand():
+    index, found_distance = dedup.nearest(np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[0.6, 0.8], [-1.0, 0.0]]))
+    assert index.tolist() == [0, 0]
+    assert found_distance == pytest.approx([math.sqrt(0.16 + 0.64), math.sqrt(0.36 + 0.04)], rel=1e-12)
+
+
+def test_hamming_nearest_agrees_with_strings_of_bits():
+    r = np.random.default_rng(1)
+    a, b = (r.integers(0, 2**64, size, dtype=np.uint64) for size in (50, 33))
+    index, bits = dedup.hamming_nearest(a, b)
+    for row in range(50):
+        every = [sum(p != q for p, q in zip(f"{a[row]:064b}", f"{other:064b}", strict=True)) for other in b]
+        assert (index[row], bits[row]) == (every.index(min(every)), min(every))
+    assert bits.dtype == np.int64
+
+
+def test_hamming_is_the_same_in_any_blocks(monkeypatch):
+    r = np.random.default_rng(2)
+    a, b = (r.integers(0, 2**64, size, dtype=np.uint64) for size in (50, 33))
+    whole = dedup.hamming_nearest(a, b)
+    samples = crowd(5)
+    table = dedup.deduplicate(samples, LOOSE)
+    for pairs in (1, 100, 33 * 7):
+        monkeypatch.setattr(dedup, "PAIRS", pairs)
+        parts = dedup.hamming_nearest(a, b)
+        assert (parts[0] == whole[0]).all() and (parts[1] == whole[1]).all()
+        assert dedup.deduplicate(samples, LOOSE).equals(table)
+
+
+def test_hamming_by_hand():
+    every = np.array([0, 2**64 - 1, 2**63], dtype=np.uint64)
+    index, bits = dedup.hamming_nearest(np.array([0b111, 2**64 - 2, 2**63 + 1], dtype=np.uint64), every)
+    assert index.tolist() == [0, 1, 2] and bits.tolist() == [3, 1, 1]
+
+
+# ------------------------------------------------------------------------------------------------ whole table
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("options", [LOOSE, DedupOptions(0.2, 2), DedupOptions(0.9, -1), DedupOptions(0.0, 8)], ids=str)
+def test_the_table_agrees_with_loops_over_all_pairs(seed, options):
+    samples = crowd(seed)
+    rows, wanted = found(samples, options), oracle(samples, options)
+    assert set(rows) == set(wanted)
+    for name, want in wanted.items():
+        row = rows[name]
+        assert {k: row[k] for k in ("hamming", "method", "reason", "group")} == {
+            k: want[k] for k in ("hamming", "method", "reason", "group")
+        }
+        assert row["distance"] == (None if want["distance"] is None else pytest.approx(want["distance"], abs=1e-7))
+        assert row["nearest_id"] == want["nearest_id"]
+
+
+def test_the_crowd_is_no_easy_case():
+    rows = oracle(crowd(0), LOOSE).values()
+    assert {row["method"] for row in rows} == {None, "clip", "phash", "clip+phash"}
+    groups = [row["group"] for row in rows]
+    assert 3 < max(groups.count(g) for g in groups) < 40
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_row_order_changes_no_row(seed):
+    samples = crowd(seed)
+    order = np.random.default_rng(9).permutation(len(samples.ids))
+    shuffled = dedup.Sample(*(getattr(samples, field.name)[order] for field in dataclasses.fields(samples)))
+    before, after = found(samples), found(shuffled)
+    for name, row in before.items():
+        near, close = row.pop("distance"), after[name].pop("distance")
+        assert (near is None) == (close is None) and (near is None or close == pytest.approx(near, abs=1e-7))
+        assert row == after[name]
+
+
+# ------------------------------------------------------------------------------------------------ the rules, by hand
+
+
+def test_the_paper_keeps_a_candidate_at_the_threshold_and_drops_one_below():
+    """arXiv 2306.12983: a non-member iff the distance is at least 0.5. (Vectors need not be unit for this.)"""
+    rows = found(
+        sample(
+            ("m", "member", "m", (1, 0), far(1)), ("at", "candidate", "at", (1, 0.5), far(2)),
+            ("below", "candidate", "below", (1, 0.4999999), far(3)),
+        )
+    )  # fmt: skip
+    assert rows["at"]["distance"] == 0.5 and rows["at"]["reason"] is None and rows["at"]["method"] is None
+    assert rows["below"]["reason"] == "near-duplicate" and rows["below"]["method"] == "clip"
+    assert rows["at"]["group"] == "at"  # the same rule links look-alikes
+
+
+def test_a_hash_is_alike_up_to_its_limit_and_minus_one_switches_it_off():
+    def with_bits(bits: int, limit: int) -> str | None:
+        samples = sample(("m", "member", "m", (1, 0), 0), ("c", "candidate", "c", (-1, 0), 2**bits - 1))
+        return found(samples, DedupOptions(0.5, limit))["c"]["method"]
+
+    assert [with_bits(bits, 6) for bits in (0, 6, 7, 63)] == ["phash", "phash", None, None]
+    assert [with_bits(bits, 0) for bits in (0, 1)] == ["phash", None]
+    assert with_bits(0, -1) is None
+    apart = sample(("a", "member", "a", (1, 0), 0), ("b", "member", "b", (-1, 0), 0))
+    assert found(apart, DedupOptions(0.5, -1))["b"]["group"] == "b" and found(apart, LOOSE)["b"]["group"] == "a"
+
+
+def test_a_distance_of_zero_switches_the_embedding_off():
+    same = sample(("m", "member", "m", (1, 0), far(1)), ("c", "candidate", "c", (1, 0), far(2)))
+    assert found(same, DedupOptions(0.0, -1))["c"]["reason"] is None
+    assert found(same, DedupOptions(1e-6, -1))["c"]["reason"] == "near-duplicate"
+
+
+def test_candidates_are_held_against_members_and_controls_against_both():
+    rows = found(
+        sample(
+            ("m1", "member", "1", angle(0), far(1)), ("m2", "member", "2", angle(1), far(2)),
+            ("c1", "candidate", "3", angle(90), far(3)), ("c2", "candidate", "4", angle(91), far(4)),
+            ("k1", "control", "5", angle(180), far(5)), ("k2", "control", "6", angle(181), far(6)),
+            ("k3", "control", "7", angle(92), far(7)), ("k4", "control", "8", angle(2), far(8)),
+            ("c3", "candidate", "9", angle(-1), far(9)), ("c4", "candidate", "10", angle(182), far(10)),
+        )
+    )  # fmt: skip
+    dropped = {name for name, row in rows.items() if row["reason"]}
+    assert dropped == {"k3", "k4", "c3"} | {"k1", "k2"}  # c4 is a candidate, so k1 and k2 go, and c4 stays
+    assert rows["m1"]["distance"] is None and rows["m1"]["nearest_id"] is None and rows["m1"]["hamming"] is None
+    assert rows["c2"]["nearest_id"] == "m2" and rows["k3"]["nearest_id"] == "c2"
+    assert rows["c2"]["distance"] == pytest.approx(2 * math.sin(math.radians(45)), abs=1e-6)
+
+
+def test_members_are_never_dropped_not_even_for_each_other():
+    r = np.random.default_rng(0)
+    rows = found(sample(*((f"m{i}", "member", "same", angle(r.normal()), 7) for i in range(30))))
+    assert {row["reason"] for row in rows.values()} == {None}
+    assert {row["group"] for row in rows.values()} == {"m0"}
+
+
+def test_without_a_pool_to_hold_against_nothing_is_dropped():
+    rows = found(sample(("c", "candidate", "a", (1, 0), 1), ("k", "control", "b", (0, 1), far(1))))
+    assert rows["c"]["distance"] is None and rows["c"]["reason"] is None
+    assert rows["k"]["distance"] == pytest.approx(math.sqrt(2), abs=1e-6)
+    alone = found(sample(("only", "candidate", "a", (1, 0), 1)))
+    assert alone["only"]["group"] == "only" and alone["only"]["nearest_id"] is None
+
+
+def test_a_chain_of_links_of_three_kinds_is_one_group_named_by_its_smallest_id():
+    chain = [
+        ("d", "member", "one", angle(0), far(1)), ("c", "member", "two", angle(20), far(2)),  # alike to CLIP: 0.347
+        ("b", "member", "three", angle(120), far(2) ^ 0b1),  # c's hash but for a bit
+        ("a", "candidate", "THREE", angle(240), far(4)),  # b's caption
+        ("e", "candidate", "else", angle(300), far(5)),
+    ]  # fmt: skip
+    for rows in (chain, chain[::-1], [chain[i] for i in (2, 4, 0, 3, 1)]):
+        assert {name: row["group"] for name, row in found(sample(*rows)).items()} == dict(
+            zip("abcde", "aaaae", strict=True)
+        )
+
+
+def test_a_dropped_sample_links_nobody():
+    rows = found(
+        sample(
+            ("m", "member", "m", angle(0), far(1)), ("x", "candidate", "x", angle(20), far(2)),  # dropped, near both
+            ("c", "candidate", "c", angle(40), far(3)),
+        )
+    )  # fmt: skip
+    assert rows["x"]["reason"] and rows["x"]["group"] == "x"
+    assert rows["c"]["reason"] is None and rows["c"]["group"] == "c" and rows["m"]["group"] == "m"
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "same"),
+    [
+        ("A Cat", "a cAT", True), ("STRASSE", "straße", True), ("ΣΑΣ", "σας", True), ("a cat", "a cat.", False),
+        ("a cat", "a  cat", False), ("é", "e", False),
+    ],
+)  # fmt: skip
+def test_captions_are_identical_by_casefold(one, two, same):
+    rows = found(sample(("a", "member", one, (1, 0), far(1)), ("b", "candidate", two, (-1, 0), far(2))))
+    assert rows["b"]["reason"] is None  # one caption groups, it does not drop
+    assert rows["b"]["group"] == ("a" if same else "b")
+
+
+def test_the_method_says_what_found_it_and_nearest_is_who_it_was():
+    members = [("m1", "member", "1", angle(0), 0), ("m2", "member", "2", angle(90), 2**64 - 1)]
+    rows = found(
+        sample(
+            *members, ("both", "candidate", "3", angle(1), 1), ("clip", "candidate", "4", angle(1), 2**32 - 1),
+            ("hash", "candidate", "5", angle(200), 2**64 - 2), ("none", "candidate", "6", angle(180), 2**32 - 1),
+        )
+    )  # fmt: skip
+    assert {n: (rows[n]["method"], rows[n]["nearest_id"]) for n in ("both", "clip", "hash", "none")} == {
+        "both": ("clip+phash", "m1"), "clip": ("clip", "m1"), "hash": ("phash", "m2"), "none": (None, "m2")
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def written(tmp_path, samples: dedup.Sample, shards: int, dead: tuple[str, ...] = ()) -> list[str]:
+    """The tables that the command reads, and its flags; `dead` samples have no image."""
+    made = {"stage": "test"}
+    about = {"sample_id": samples.ids, "url": samples.ids, "caption": samples.captions, "pool": samples.pools}
+    about |= {"source": ["s"] * len(samples.ids)}
+    table = pa.table({name: pa.array(values, pa.string()) for name, values in about.items()})
+    for field in tables.SCHEMAS["metadata"]:
+        if field.name not in table.column_names:
+            table = table.append_column(field.name, pa.nulls(len(table), field.type))
+    tables.write(tmp_path / "metadata", table, "metadata", made)
+    words = ["dedup", "--metadata", str(tmp_path / "metadata"), "--output", str(tmp_path / "out")]
+    shard, ok = tables.shard_of(list(samples.ids), shards), ~np.isin(samples.ids, dead)
+    for number in range(shards):
+        here = np.flatnonzero(shard == number)
+        rows = []
+        for i in here:
+            picture = {
+                "sha256": "0",
+                "bytes": b"",
+                "width": 1,
+                "height": 1,
+                "format": "png",
+                "phash": int(samples.phash[i]),
+            }
+            rows.append(
+                {"sample_id": samples.ids[i], "status": "ok" if ok[i] else "http_4xx", "detail": ""}
+                | (picture if ok[i] else {})
+            )
+        images = pa.Table.from_pylist(rows, schema=tables.SCHEMAS["images"])
+        vector = tables.vector_column(samples.embeddings[here[ok[here]]].astype(np.float16))
+        ids = pa.array(samples.ids[here[ok[here]]], pa.string())
+        tables.write(tmp_path / f"i{number}-{shards}", images, "images", made)
+        embedded = pa.table({"sample_id": ids, "image": vector, "text": vector})
+        tables.write(tmp_path / f"e{number}-{shards}", embedded, "embeddings", made)
+        words += [
+            "--images",
+            str(tmp_path / f"i{number}-{shards}"),
+            "--embeddings",
+            str(tmp_path / f"e{number}-{shards}"),
+        ]
+    return words
+
+
+def test_one_shard_or_seven_give_one_table_without_the_dead(tmp_path):
+    samples = crowd(3)
+    dead = tuple(samples.ids[:5])
+    alive = dedup.Sample(*(getattr(samples, field.name)[5:] for field in dataclasses.fields(samples)))
+    tables_found = []
+    for shards in (1, 7):
+        cli.commands.main(written(tmp_path, samples, shards, dead), standalone_mode=False)
+        tables_found.append(tables.read(tmp_path / "out", "duplicates"))
+    assert tables_found[0].equals(tables_found[1])
+    rows = {row["sample_id"]: row for row in tables_found[0].to_pylist()}
+    half = dataclasses.replace(alive, embeddings=alive.embeddings.astype(np.float16).astype(np.float32))
+    wanted = oracle(half, DedupOptions())
+    assert {name: row["reason"] for name, row in rows.items()} == {name: row["reason"] for name, row in wanted.items()}
+    assert {name: row["group"] for name, row in rows.items()} == {name: row["group"] for name, row in wanted.items()}
+
+
+def test_the_command_refuses_embeddings_without_their_images(tmp_path):
+    words = written(tmp_path, crowd(3), 2)
+    without = words.index(str(tmp_path / "i1-2"))
+    with pytest.raises(
+        UserError, match="a table lacks a sample that another one has, [0-9a-f]{32}, make both from the same"
+    ):
+        cli.commands.main(words[: without - 1] + words[without + 1 :], standalone_mode=False)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,76 @@
+"""Constants, wildcard constraints and input functions; no rules."""
+
+import pathlib
+import sys
+
+from mia import settings
+from mia.config import STAGES, checked, flags
+from mia.errors import UserError
+
+try:
+    checked(config)
+except UserError as problem:
+    sys.exit(f"error: {problem}")
+
+RESULTS = f"results/{config['name']}"
+LOGS = f"{RESULTS}/logs"
+SEED = config["seed"]
+SHARDS = range(config["shards"])
+EXECUTION = config["execution"]
+CUDA = EXECUTION["device"].startswith("cuda")
+CPU_ENV = "../../envs/cpu.yaml"
+MODEL_ENV = "../../envs/gpu.yaml" if CUDA else CPU_ENV
+SPLIT = "sanitized"
+MODELS = config.get("train", {}).get("models", {})
+TARGETS = config["targets"]
+MAIN = next(name for name, target in TARGETS.items() if target["role"] == "main")
+COMPARED = [name for name, target in TARGETS.items() if target["role"] != "checkpoint"]
+
+
+wildcard_constraints:
+    shard=r"\d+",
+    split="sanitized|unsanitized",
+    model="|".join(MODELS) or "none",
+    target="|".join(TARGETS),
+    block=r"noised|setting-\d\d",
+
+
+def version(stage):
+    return STAGES[stage].version
+
+
+def all_shards(pattern):
+    return [f"{RESULTS}/{pattern}".format(shard=shard) for shard in SHARDS]
+
+
+def settings_of(target, block=None):
+    """A target's settings; with `block`, only those that the block serves, so that adding another reruns nothing."""
+    numbers = TARGETS[target].get("settings", config["features"]["settings"])
+    return [n for n in numbers if block is None or settings.block_of(settings.setting(n)) == block]
+
+
+def blocks_of(target):
+    return settings.blocks(settings_of(target))
+
+
+def encoders_of(target):
+    return TARGETS[target].get("encoders_of", target)
+
+
+def trained_folder(wildcards):
+    """What a target waits for: the folder the training rule makes, when its source lies in it, else nothing."""
+    source = pathlib.PurePath(TARGETS[wildcards.target]["source"])
+    folders = [f"{RESULTS}/models/{model}" for model in MODELS]
+    return [folder for folder in folders if source.is_relative_to(folder)]
+
+
+def features_of(wildcards):
+    return [
+        f"{RESULTS}/features/{wildcards.target}/{block}/{shard}.parquet"
+        for block in blocks_of(wildcards.target)
+        for shard in SHARDS
+    ]
+
+
+def listed(values):
+    return ",".join(str(value) for value in values)

@@ -1,0 +1,192 @@
+rule metadata:
+    input:
+        member=config["metadata"]["sources"]["member"],
+        candidate=config["metadata"]["sources"]["candidate"],
+        control=config["metadata"]["sources"].get("control", []),
+    output:
+        table=f"{RESULTS}/metadata.parquet",
+        dropped=f"{RESULTS}/dropped/metadata.parquet",
+    params:
+        version=version("metadata"),
+        options=flags("metadata", config["metadata"]),
+        sources=lambda wildcards, input: " ".join(
+            f"--{pool} {path}"
+            for pool in ("member", "candidate", "control")
+            for path in getattr(input, pool)
+        ),
+        columns=" ".join(f"--column {ours}={theirs}" for ours, theirs in config["metadata"]["columns"].items()),
+    log:
+        f"{LOGS}/metadata.log",
+    benchmark:
+        f"{LOGS}/metadata.tsv"
+    resources:
+        mem_mb=1000,
+        runtime=60,
+    conda:
+        CPU_ENV
+    shell:
+        "python -m mia metadata {params.sources} {params.columns} {params.options}"
+        " --output {output.table} --dropped-output {output.dropped} 2>&1 | tee {log}"
+
+
+rule images:
+    input:
+        metadata=rules.metadata.output.table,
+    output:
+        f"{RESULTS}/images/{{shard}}.parquet",
+    params:
+        version=version("images"),
+        options=flags("images", config["images"]),
+        shards=config["shards"],
+    log:
+        f"{LOGS}/images/{{shard}}.log",
+    benchmark:
+        f"{LOGS}/images/{{shard}}.tsv"
+    retries: 2
+    resources:
+        mem_mb=2000,
+        runtime=720,
+        concurrency=EXECUTION["concurrency"],
+        timeout_s=EXECUTION["timeout_s"],
+    conda:
+        CPU_ENV
+    shell:
+        "python -m mia images --metadata {input.metadata} --shard {wildcards.shard} --shards {params.shards} {params.options}"
+        " --concurrency {resources.concurrency} --timeout-s {resources.timeout_s} --output {output} 2>&1 | tee {log}"
+
+
+rule embeddings:
+    input:
+        metadata=rules.metadata.output.table,
+        images=rules.images.output,
+    output:
+        f"{RESULTS}/embeddings/{{shard}}.parquet",
+    params:
+        version=version("embeddings"),
+        options=flags("embeddings", config["embeddings"]),
+    log:
+        f"{LOGS}/embeddings/{{shard}}.log",
+    benchmark:
+        f"{LOGS}/embeddings/{{shard}}.tsv"
+    resources:
+        mem_mb=4000,
+        runtime=240,
+        gpu=int(CUDA),
+        batch_size=EXECUTION["batch_size"],
+    conda:
+        MODEL_ENV
+    shell:
+        "OMP_NUM_THREADS={threads} python -m mia embeddings --metadata {input.metadata} --images {input.images} {params.options}"
+        f" --device {EXECUTION['device']}"
+        " --batch-size {resources.batch_size} --output {output} 2>&1 | tee {log}"
+
+
+rule dedup:
+    input:
+        metadata=rules.metadata.output.table,
+        images=all_shards("images/{shard}.parquet"),
+        embeddings=all_shards("embeddings/{shard}.parquet"),
+    output:
+        f"{RESULTS}/duplicates.parquet",
+    params:
+        version=version("dedup"),
+        options=flags("dedup", config["dedup"]),
+        images=lambda wildcards, input: " ".join(f"--images {path}" for path in input.images),
+        embeddings=lambda wildcards, input: " ".join(f"--embeddings {path}" for path in input.embeddings),
+    log:
+        f"{LOGS}/dedup.log",
+    benchmark:
+        f"{LOGS}/dedup.tsv"
+    resources:
+        mem_mb=4000,
+        runtime=240,
+    conda:
+        CPU_ENV
+    shell:
+        "python -m mia dedup --metadata {input.metadata} {params.images} {params.embeddings} {params.options}"
+        " --output {output} 2>&1 | tee {log}"
+
+
+rule sanitize:
+    input:
+        metadata=rules.metadata.output.table,
+        images=all_shards("images/{shard}.parquet"),
+        duplicates=rules.dedup.output,
+        target=f"{RESULTS}/targets/{MAIN}.json",
+    output:
+        dataset=f"{RESULTS}/dataset/{{split}}.parquet",
+        selection=f"{RESULTS}/dataset/{{split}}.selection.parquet",
+        dropped=f"{RESULTS}/dropped/{{split}}.parquet",
+        report=f"{RESULTS}/dataset/{{split}}.json",
+    params:
+        version=version("sanitize"),
+        seed=SEED,
+        options=lambda wildcards: flags(
+            "sanitize", config["sanitize"] | ({} if wildcards.split == SPLIT else {"method": "none"})
+        ),
+        images=lambda wildcards, input: " ".join(f"--images {path}" for path in input.images),
+    log:
+        f"{LOGS}/sanitize/{{split}}.log",
+    benchmark:
+        f"{LOGS}/sanitize/{{split}}.tsv"
+    resources:
+        mem_mb=4000,
+        runtime=720,
+        batch_size=EXECUTION["batch_size"],
+    conda:
+        MODEL_ENV
+    shell:
+        "OMP_NUM_THREADS={threads} python -m mia sanitize --metadata {input.metadata} {params.images}"
+        " --duplicates {input.duplicates} --target {input.target} {params.options} --seed {params.seed}"
+        " --batch-size {resources.batch_size} --output {output.dataset} --selection-output {output.selection}"
+        " --dropped-output {output.dropped} --report-output {output.report} 2>&1 | tee {log}"
+
+
+rule distance:
+    input:
+        dataset=rules.sanitize.output.dataset,
+        embeddings=all_shards("embeddings/{shard}.parquet"),
+    output:
+        f"{RESULTS}/distance/{{split}}.parquet",
+    params:
+        seed=SEED,
+        embeddings=lambda wildcards, input: " ".join(f"--embeddings {path}" for path in input.embeddings),
+    log:
+        f"{LOGS}/distance/{{split}}.log",
+    benchmark:
+        f"{LOGS}/distance/{{split}}.tsv"
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    conda:
+        CPU_ENV
+    shell:
+        "OMP_NUM_THREADS={threads} python -m mia distance --dataset {input.dataset} {params.embeddings} --seed {params.seed}"
+        " --output {output} 2>&1 | tee {log}"
+
+
+rule audit:
+    input:
+        dataset=rules.sanitize.output.dataset,
+        images=all_shards("images/{shard}.parquet"),
+        embeddings=all_shards("embeddings/{shard}.parquet"),
+    output:
+        f"{RESULTS}/audit/{{split}}.scores.parquet",
+    params:
+        version=version("audit"),
+        seed=SEED,
+        options=flags("audit", config["audit"]),
+        images=lambda wildcards, input: " ".join(f"--images {path}" for path in input.images),
+        embeddings=lambda wildcards, input: " ".join(f"--embeddings {path}" for path in input.embeddings),
+    log:
+        f"{LOGS}/audit/{{split}}.log",
+    benchmark:
+        f"{LOGS}/audit/{{split}}.tsv"
+    resources:
+        mem_mb=4000,
+        runtime=240,
+    conda:
+        CPU_ENV
+    shell:
+        "OMP_NUM_THREADS={threads} python -m mia audit --dataset {input.dataset} {params.images} {params.embeddings}"
+        " {params.options} --seed {params.seed} --output {output} 2>&1 | tee {log}"

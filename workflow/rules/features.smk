@@ -1,0 +1,59 @@
+rule latents:
+    input:
+        selection=f"{RESULTS}/dataset/{SPLIT}.selection.parquet",
+        images=rules.images.output,
+        target=rules.target.output,
+    output:
+        latents=f"{RESULTS}/latents/{{target}}/{{shard}}.parquet",
+        texts=f"{RESULTS}/latents/{{target}}/{{shard}}.texts.parquet",
+    params:
+        version=version("latents"),
+    log:
+        f"{LOGS}/latents/{{target}}/{{shard}}.log",
+    benchmark:
+        f"{LOGS}/latents/{{target}}/{{shard}}.tsv"
+    resources:
+        mem_mb=4000,
+        runtime=240,
+        gpu=int(CUDA),
+        batch_size=EXECUTION["batch_size"],
+    conda:
+        MODEL_ENV
+    shell:
+        "OMP_NUM_THREADS={threads} python -m mia latents --selection {input.selection} --images {input.images}"
+        f" --target {{input.target}} --device {EXECUTION['device']}"
+        " --batch-size {resources.batch_size} --output {output.latents} --texts-output {output.texts} 2>&1 | tee {log}"
+
+
+rule features:
+    input:
+        latents=lambda wildcards: f"{RESULTS}/latents/{encoders_of(wildcards.target)}/{wildcards.shard}.parquet",
+        texts=lambda wildcards: f"{RESULTS}/latents/{encoders_of(wildcards.target)}/{wildcards.shard}.texts.parquet",
+        images=rules.images.output,
+        target=rules.target.output,
+    output:
+        f"{RESULTS}/features/{{target}}/{{block}}/{{shard}}.parquet",
+    params:
+        version=version("features"),
+        seed=SEED,
+        options=lambda wildcards: flags(
+            "features",
+            config["features"] | {"settings": settings_of(wildcards.target, wildcards.block)},
+        ),
+    log:
+        f"{LOGS}/features/{{target}}/{{block}}/{{shard}}.log",
+    benchmark:
+        f"{LOGS}/features/{{target}}/{{block}}/{{shard}}.tsv"
+    retries: 1
+    resources:
+        mem_mb=4000,
+        runtime=1440,
+        gpu=int(CUDA),
+        batch_size=EXECUTION["batch_size"],
+    conda:
+        MODEL_ENV
+    shell:
+        "OMP_NUM_THREADS={threads} python -m mia features --latents {input.latents} --texts {input.texts}"
+        " --images {input.images} --target {input.target} --block {wildcards.block} {params.options}"
+        f" --seed {{params.seed}} --device {EXECUTION['device']}"
+        " --batch-size {resources.batch_size} --output {output} 2>&1 | tee {log}"
