@@ -89,7 +89,7 @@ def _learner(kind: str, seed: int) -> Any:
 
     if kind == "image":
         return RandomForestClassifier(300, min_samples_leaf=3, random_state=seed)
-    characters = TfidfVectorizer(analyzer="char", ngram_range=(1, 5), min_df=2, sublinear_tf=True)
+    characters = TfidfVectorizer(analyzer="char", lowercase=False, ngram_range=(1, 5), min_df=2, sublinear_tf=True)
     words = TfidfVectorizer(token_pattern=r"(?u)\b\w+\b", ngram_range=(1, 2), min_df=2, sublinear_tf=True)
     union = make_union(characters, words) if kind == "caption" else words.set_params(min_df=1)
     return make_pipeline(union, LogisticRegression(C=3.0, max_iter=1000, class_weight="balanced"))
@@ -128,7 +128,7 @@ def image_input(seen: Seen) -> np.ndarray:
 def image_statistics(data: bytes) -> list[float]:
     """Width, height, aspect, bytes per pixel, sharpness (variance of the Laplacian), mean and deviation of each colour
     channel, mean saturation, and share of white: 13 numbers."""
-    image = np.asarray(pixels.decode(data, 50_000_000), dtype=np.float64) / 255
+    image = np.asarray(pixels.decode(data), dtype=np.float64) / 255
     height, width, _ = image.shape
     grey = image.mean(2)
     inner = grey[1:-1, 1:-1]

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from mia import rng
+from mia.errors import UserError
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
@@ -27,8 +28,13 @@ def distances(spaces: dict[str, np.ndarray], member: np.ndarray, seed: int, perm
 
     `ci_low`, `ci_high` of `frechet_chance` are the central 95 % of the distance over `permutations` shuffled labels: a
     distance inside it tells nothing from nothing.
+
+    Raises:
+        UserError: fewer than two samples on a side.
     """
     n, m = int(member.sum()), int((~member).sum())
+    if min(n, m) < 2:
+        raise UserError(f"{n} members and {m} non-members", "dataset", "a covariance needs two of each at least")
     rows = []
     for space, x in spaces.items():
         generator = rng.stream(seed, space, purpose="distance")

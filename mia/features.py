@@ -183,7 +183,9 @@ def extract(engine: Engine, block: str, numbers: Iterable[int], batch_size: int,
     import torch
 
     with torch.inference_mode():
-        if block == settings.GRID:
+        if not engine.samples.ids:
+            columns = [{"block": block, **{name: np.empty(0, np.int64) for name in ("image", "draw", "timestep")}}]
+        elif block == settings.GRID:
             columns = _noised(engine, list(numbers), batch_size, progress)
         else:
             setting = settings.setting(int(block.removeprefix("setting-")))

@@ -272,7 +272,7 @@ def frechet(rows: pl.DataFrame) -> Figure:
         )
         axes.annotate(f"{value:#.3g}", (value, y), (6, 0), textcoords="offset points", va="center", fontsize=7)
     axes.set_yticks(range(len(places)), [f"{space}, {SPLITS[split]}" for space, split in places])
-    axes.set(xlabel="squared Fréchet distance of CLIP embeddings", xlim=(0, 1.06 * axes.get_xlim()[1]))
+    axes.set(xlabel="squared Fréchet distance of CLIP embeddings", xlim=(0, 1.12 * axes.get_xlim()[1]))
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)

@@ -16,14 +16,15 @@ def side_px(latent_side: int, vae: Any) -> int:
     return latent_side * 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def squares(images: Mapping[str, bytes], ids: list[str], side: int, max_pixels: int) -> np.ndarray:
+def squares(images: Mapping[str, bytes], ids: list[str], side: int) -> np.ndarray:
     """The images as the model sees them, uint8[n, side, side, 3]: shorter side resized, centre cropped."""
-    return np.stack([pixels.centre_square(pixels.decode(images[i], max_pixels), side) for i in ids])
+    shown = [pixels.centre_square(pixels.decode(images[i]), side) for i in ids]
+    return np.array(shown, dtype=np.uint8).reshape(-1, side, side, 3)
 
 
 def encode(
     selection: pa.Table, images: Mapping[str, bytes], vae: Any, tokenize: Any, text_encoder: Any, side: int,
-    batch_size: int, max_pixels: int = 50_000_000, progress: Callable = iter,
+    batch_size: int, progress: Callable = iter,
 ) -> tuple[pa.Table, pa.Table]:  # fmt: skip
     """The latents table (posterior mean and log-variance, float16) and the texts table (one row for each caption).
 
@@ -33,20 +34,21 @@ def encode(
 
     ids = selection["sample_id"].to_pylist()
     captions = selection["caption"].to_pylist()
-    means, logvars = [], []
+    width = vae.config.latent_channels * (side // side_px(1, vae)) ** 2
+    mean, logvar = np.empty((len(ids), width), np.float16), np.empty((len(ids), width), np.float16)
     for run, real in progress(list(models.batches(len(ids), batch_size))):
-        batch = squares(images, [ids[i] for i in run], side, max_pixels)
+        batch = squares(images, [ids[i] for i in run], side)
         x = torch.from_numpy(batch).permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
         with torch.inference_mode():
             posterior = vae.encode(x).latent_dist
-        means.append(posterior.mean[:real].float().cpu().numpy().reshape(real, -1))
-        logvars.append(posterior.logvar[:real].float().cpu().numpy().reshape(real, -1))
+        mean[run[:real]] = posterior.mean[:real].flatten(1).float().cpu().numpy()
+        logvar[run[:real]] = posterior.logvar[:real].flatten(1).float().cpu().numpy()
     latents = pa.table(
         {
-            "sample_id": ids,
-            "caption_id": [tables.caption_id(c) for c in captions],
-            "mean": tables.vector_column(np.concatenate(means).astype(np.float16)),
-            "logvar": tables.vector_column(np.concatenate(logvars).astype(np.float16)),
+            "sample_id": pa.array(ids, pa.string()),
+            "caption_id": pa.array([tables.caption_id(c) for c in captions], pa.string()),
+            "mean": tables.vector_column(mean),
+            "logvar": tables.vector_column(logvar),
         }
     )
     return latents, encode_texts([*captions, ""], tokenize, text_encoder, batch_size)

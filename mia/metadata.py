@@ -81,8 +81,9 @@ def select(rows: pl.DataFrame, options: MetadataOptions) -> tuple[pl.DataFrame, 
     order = ["sample_id", "pool", *(name for name in rows.columns if name not in ("sample_id", "pool"))]
     marked = rows.sort(order, descending=[name == "pool" for name in order]).with_columns(reason.alias("reason"))
     if options.max_rows_per_pool:
-        kept_rank = pl.col("reason").is_null().cum_sum().over("pool")
-        over = pl.col("reason").is_null() & (kept_rank > options.max_rows_per_pool)
+        # By the id's second half: ranked by the first, the rows kept would all fall into the first shards.
+        place = pl.when(pl.col("reason").is_null()).then(pl.col("sample_id").str.slice(16)).rank("ordinal").over("pool")
+        over = place > options.max_rows_per_pool
         marked = marked.with_columns(pl.when(over).then(pl.lit("above max_rows_per_pool")).otherwise("reason").alias("reason"))
     kept = marked.filter(pl.col("reason").is_null()).drop("reason")
     for pool in rows["pool"].unique().sort():

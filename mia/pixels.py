@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 import warnings
 import zlib
 
@@ -33,10 +34,11 @@ class ImageError(Exception):
         super().__init__(f"{status}: {self.detail}")
 
 
-def decode(data: bytes, max_pixels: int) -> Image.Image:
+def decode(data: bytes, max_pixels: int = sys.maxsize) -> Image.Image:
     """The first frame of an encoded image as RGB on white, fully read, its `format` kept ('JPEG', 'PNG', ...).
 
-    EXIF orientation is left as it is. Above 178,956,970 pixels some of Pillow's readers refuse, whatever `max_pixels`.
+    Stages after `images` decode only what passed its `max_pixels`, and give none. EXIF orientation is left as it is.
+    Above 178,956,970 pixels some of Pillow's readers refuse, whatever `max_pixels`.
 
     Raises:
         ImageError: `not_an_image` when the first bytes are of no known format, `too_many_pixels` when the header says

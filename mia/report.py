@@ -101,7 +101,7 @@ def _as_is(target: Target, fpr_target: float) -> pl.DataFrame:
     rows = rows.select(
         "attack", "value", "ci_low", "ci_high", loss.alias("loss"), timestep.cast(pl.Int64).alias("timestep")
     )
-    return rows.sort("attack", "loss", "timestep")
+    return rows.sort(summary.placed("attack", summary.ORDER), "attack", "loss", "timestep")
 
 
 def _tpr_by_timestep(results: Results) -> Figure | str:
@@ -126,7 +126,8 @@ def _tpr_by_step(results: Results) -> Figure | str:
     shared = set.intersection(*(set(part["attack"]) for part in parts))
     if not shared:
         return "No attack was run on every target that states a training step."
-    rows = pl.concat(parts).filter(pl.col("attack").is_in(sorted(shared))).sort("attack", "step")
+    rows = pl.concat(parts).filter(pl.col("attack").is_in(sorted(shared)))
+    rows = rows.sort(summary.placed("attack", summary.ORDER), "attack", "step")
     return figures.tpr_by_step(rows, target)
 
 

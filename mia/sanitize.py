@@ -77,8 +77,9 @@ def cross_fitted(
 
     out = np.empty(len(x))
     for fold, (train, test) in enumerate(rng.folds(options.folds, positive, group, seed + number, "sanitize.folds")):
+        network_seed = int(rng.stream(seed, f"round {number} fold {fold}", purpose="sanitize").integers(2**31))
         with torch.random.fork_rng(devices=[]):  # dropout takes no generator of its own
-            out[test] = fit_predict(x[train], positive[train], x[test], spec, options, seed + 1000 * number + fold)
+            out[test] = fit_predict(x[train], positive[train], x[test], spec, options, network_seed)
     return out
 
 

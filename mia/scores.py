@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from mia import settings, tables
+from mia import rng, settings, tables
 from mia.config import ScoresOptions
 from mia.errors import UserError
 
@@ -63,13 +63,7 @@ def random_forest(losses: pl.DataFrame, labels: pl.DataFrame, options: ScoresOpt
     score = np.empty(len(x))
     y = known["member"].to_numpy()[calibration].astype(bool)
     group = known["group"].to_numpy()[calibration]
-    fewest = min(len(set(group[y])), len(set(group[~y])))
-    if fewest < 2 * options.folds:
-        what = f"a side has {fewest} groups of labelled samples"
-        raise UserError(
-            what, "scores.attacks: random_forest", f"{2 * options.folds} are needed for {options.folds} folds"
-        )
-    for train, test in _folds(options.folds, seed).split(calibration, y, group):
+    for train, test in rng.folds(options.folds, y, group, seed, "scores.folds"):
         model = _chosen_forest(x[calibration[train]], y[train], group[train], options, seed)
         score[calibration[test]] = model.predict_proba(x[calibration[test]])[:, 1]
     rest = np.setdiff1d(np.arange(len(x)), calibration)
@@ -80,21 +74,14 @@ def random_forest(losses: pl.DataFrame, labels: pl.DataFrame, options: ScoresOpt
     )
 
 
-def _folds(count: int, seed: int) -> Any:
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    return StratifiedGroupKFold(count, shuffle=True, random_state=seed)
-
-
 def _chosen_forest(x: np.ndarray, y: np.ndarray, group: np.ndarray, options: ScoresOptions, seed: int) -> Any:
     from sklearn.ensemble import RandomForestClassifier
     from sklearn.model_selection import GridSearchCV
 
     forest = RandomForestClassifier(options.trees, random_state=seed)
-    search = GridSearchCV(
-        forest, {"max_depth": list(options.max_depths)}, scoring="roc_auc", cv=_folds(options.folds, seed)
-    )
-    return search.fit(x, y, groups=group)
+    folds = rng.folds(options.folds, y, group, seed, "scores.folds")
+    search = GridSearchCV(forest, {"max_depth": list(options.max_depths)}, scoring="roc_auc", cv=folds)
+    return search.fit(x, y)
 
 
 def attack_scores(

@@ -142,7 +142,7 @@ def attacks(results: Results) -> pl.DataFrame:
     for target in [results.main, *results.controls]:
         kind = "main" if target.role == "main" else "control"
         rows = wide(reported(target.metrics), results.fpr_targets)
-        rows = rows.sort(_place("attack", ORDER), "attack")
+        rows = rows.sort(placed("attack", ORDER), "attack")
         parts.append(rows.select(pl.lit(kind).alias("kind"), pl.lit(target.name).alias("target"), pl.all()))
     blind = wide(reported(results.audits["sanitized"]), results.fpr_targets)
     parts.append(blind.select(pl.lit("blind").alias("kind"), pl.lit("no model").alias("target"), pl.all()))
@@ -206,11 +206,13 @@ def blind_audits(results: Results) -> pl.DataFrame:
 def candidates(results: Results) -> pl.DataFrame:
     """Candidates that dedup saw: distance, method, reason; and planted, transform, same_caption, right.
 
-    `planted` says that the truth lists it, `right` that the member named as nearest is the one it was made from.
+    `planted` says that the truth lists it and that the member it was made from reached dedup too, `right` that this
+    very member is named as its nearest.
     """
     seen = results.duplicates.filter(pl.col("pool") == "candidate").drop("pool")
     kinds = {"candidate_id": pl.String, "member_id": pl.String, "transform": pl.String, "same_caption": pl.Boolean}
     truth = results.planted if results.planted is not None else pl.DataFrame(schema=kinds)
+    truth = truth.filter(pl.col("member_id").is_in(results.duplicates["sample_id"].implode()))
     truth = truth.unique("candidate_id", keep="first", maintain_order=True)
     rows = seen.join(truth, left_on="sample_id", right_on="candidate_id", how="left", maintain_order="left")
     return rows.with_columns(
@@ -221,7 +223,7 @@ def candidates(results: Results) -> pl.DataFrame:
 def dedup_recall(results: Results) -> pl.DataFrame:
     """Recall on planted duplicates, in all, by transform and by caption: by, planted, found, recall, low, high, right.
 
-    Only those that reached dedup count; `low` and `high` are Wilson's 95 % interval.
+    Only pairs that reached dedup whole count; `low` and `high` are Wilson's 95 % interval.
     """
     planted = candidates(results).filter("planted").with_columns(
         pl.when("same_caption").then(pl.lit("same caption")).otherwise(pl.lit("another caption")).alias("caption"),
@@ -253,19 +255,19 @@ def dedup_methods(results: Results) -> pl.DataFrame:
     """How many candidates each method drops, planted and other: method, planted, other."""
     rows = candidates(results).with_columns(pl.col("method").fill_null("kept"))
     counts = rows.group_by("method").agg(pl.col("planted").sum(), (~pl.col("planted")).sum().alias("other"))
-    return counts.sort(_place("method", ("clip+phash", "clip", "phash", "kept")), "method")
+    return counts.sort(placed("method", ("clip+phash", "clip", "phash", "kept")), "method")
 
 
 def dropped(results: Results) -> pl.DataFrame:
     """Rows dropped in the order of stages, with one column for each pool, and what was left: stage, reason, pools."""
     counts = [pl.col("rows").filter(pl.col("pool") == pool).sum().cast(pl.Int64).alias(pool) for pool in POOLS]
-    rows = results.dropped.group_by("stage", "reason").agg(counts).sort(_place("stage", STAGES), "reason")
+    rows = results.dropped.group_by("stage", "reason").agg(counts).sort(placed("stage", STAGES), "reason")
     member = results.datasets["sanitized"]["member"]
     left = ("dataset", "rows left", int(member.sum()), int((~member).sum()), 0)
     return pl.concat([rows, pl.DataFrame([left], schema=rows.schema, orient="row")])
 
 
-def _place(column: str, order: Sequence[str]) -> pl.Expr:
+def placed(column: str, order: Sequence[str]) -> pl.Expr:
     """A sort key that puts a column's known values in this order, others before the last of them."""
     places = {value: float(place) for place, value in enumerate(order)}
     return pl.col(column).replace_strict(places, default=len(order) - 1.5, return_dtype=pl.Float64)

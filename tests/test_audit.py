@@ -281,6 +281,12 @@ def test_statistics_of_a_single_pixel_and_of_a_strip():
     assert len(audit.image_statistics(png(np.zeros((2, 7, 3))))) == 13
 
 
+@pytest.mark.parametrize(("level", "white"), [(0, 0), (247, 0), (248, 1), (255, 1)])
+def test_white_is_what_lies_above_97_percent_in_every_channel(level, white):
+    assert audit.image_statistics(png(np.full((2, 2, 3), level)))[-1] == white
+    assert audit.image_statistics(png(np.full((2, 2, 3), (255, level, 255))))[-1] == white
+
+
 def test_grey_and_transparent_images_have_the_same_thirteen_numbers():
     for mode, fill in (("L", 100), ("RGBA", (0, 0, 0, 0)), ("P", 3), ("LA", (0, 0))):
         file = io.BytesIO()

@@ -310,7 +310,7 @@ def test_scores_read_no_label_of_the_test_part(mia, stages):
         (("--settings", "all"), ("'--settings'", "'all' is not a comma-separated list of int")),
         (("--attacks", "loss"), ("unknown attack 'loss'", "loss_threshold")),
         (("--attacks", ""), ("no attack is asked for",)),
-        (("--attacks", "random_forest", "--folds", "50"), ("40 groups of labelled samples", "100 are needed")),
+        (("--attacks", "random_forest", "--folds", "50"), ("one class has 40 groups for 50 folds", "scores.folds")),
         (("--dataset", "absent.parquet"), ("dataset file does not exist", "absent.parquet")),
         (("--features", "absent.parquet"), ("features file does not exist", "absent.parquet")),
     ],
@@ -324,7 +324,7 @@ def test_scores_refuses_in_one_line_and_writes_nothing(mia, stages, flags, words
 def test_scores_refuses_two_targets_and_a_shard_twice(mia, stages):
     other = tables.read(stages / "f1.parquet", "features")
     tables.write(stages / "f1.parquet", other, "features", {"unet": "another", "seed": 0})
-    refused(mia(*scoring(stages)), "features come from 2 unets", "f1.parquet")
+    refused(mia(*scoring(stages)), "features differ in unet", "f1.parquet")
     refused(mia(*scoring(stages, shards=(0, 0))), "features hold a row twice", "give each shard once")
     assert not (stages / "s.parquet").exists()
 

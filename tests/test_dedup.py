@@ -196,7 +196,7 @@ def test_the_paper_keeps_a_candidate_at_the_threshold_and_drops_one_below():
     )  # fmt: skip
     assert rows["at"]["distance"] == 0.5 and rows["at"]["reason"] is None and rows["at"]["method"] is None
     assert rows["below"]["reason"] == "near-duplicate" and rows["below"]["method"] == "clip"
-    assert rows["at"]["group"] == "at"  # the same rule links look-alikes
+    assert rows["m"]["group"] == "m"  # the same rule links look-alikes: m is not in the group of "at"
 
 
 def test_a_hash_is_alike_up_to_its_limit_and_minus_one_switches_it_off():

@@ -148,6 +148,14 @@ def test_the_seed_decides_chance_and_not_the_distance():
     assert other["value"] != one[1]["value"]  # each space has shuffles of its own
 
 
+@pytest.mark.parametrize("members", [0, 1, 4, 5])
+def test_a_side_of_fewer_than_two_is_refused(members):
+    with pytest.raises(
+        UserError, match=f"^{members} members and {5 - members} non-members, dataset, a covariance needs two"
+    ):
+        distance.distances({"image": np.eye(5)}, np.arange(5) < members, 0)
+
+
 # ------------------------------------------------------------------------------------------------ the command
 
 

@@ -45,9 +45,9 @@ def engine_for(parts, encoded, ids=IDS, options=OPTIONS, unet=None):
     import torch
 
     found, texts, data = encoded
-    rows = pa.concat_tables([found.filter(pa.compute.equal(found["sample_id"], i)) for i in ids])
+    rows = pa.concat_tables([found.slice(0, 0), *(found.filter(pa.compute.equal(found["sample_id"], i)) for i in ids)])
     states, caption = latents.state_tensor(rows, texts, 32)
-    squares = latents.squares(data, list(ids), 32, 10**6)
+    squares = latents.squares(data, list(ids), 32)
     shown = torch.from_numpy(squares).permute(0, 3, 1, 2).float() if "pixel_error" in options.losses else None
     samples = features.Samples(list(ids), latents.latent_tensor(rows, parts["vae"]), states, caption, shown)
     return features.Engine(unet or parts["unet"], parts["vae"], parts["schedule"], samples, options, SEED)
@@ -236,3 +236,10 @@ def test_settings_agree_with_the_specification():
             assert list(mine.timesteps("committed")) == row["timesteps_as_committed"]
             for name in {f.name for f in dataclasses.fields(mine)} & row.keys():
                 assert getattr(mine, name) == row[name], (row["number"], name)
+
+
+def test_an_empty_shard_gives_an_empty_table(parts, encoded):
+    for block in ("noised", "setting-15"):
+        table = features.extract(engine_for(parts, (encoded[0].slice(0, 0), *encoded[1:]), []), block, [15, 16], 64)
+        assert table.num_rows == 0
+        assert tables.check(pa.concat_tables([table, features.extract(engine_for(parts, encoded), block, [15, 16], 64)]), "features")

@@ -83,3 +83,12 @@ def test_latent_tensor_is_scaled(run):
 def test_side_follows_the_vaes_depth(run):
     _, vae, _ = run
     assert latents.side_px(8, vae) == 32
+
+
+def test_an_empty_shard_gives_an_empty_table(run):
+    encode, _, _ = run
+    found, texts = encode([], 64)
+    whole, _ = encode([0, 1], 64)
+    assert found.num_rows == 0
+    assert found.schema.equals(whole.schema)
+    assert texts["caption_id"].to_pylist() == [tables.caption_id("")]

@@ -201,16 +201,18 @@ def judged(rows: list[dict], options: MetadataOptions) -> tuple[list[dict], coll
             reason = "aspect ratio"
         elif row["sample_id"] in seen:
             reason = "same url and caption"
-        elif options.max_rows_per_pool and taken[row["pool"]] >= options.max_rows_per_pool:
-            reason = "above max_rows_per_pool"
         else:
             reason = None
         seen.add(row["sample_id"])
         if reason:
             gone[reason, row["pool"]] += 1
         else:
-            taken[row["pool"]] += 1
             kept.append(row)
+    for row in sorted(kept, key=lambda row: row["sample_id"][16:]):
+        taken[row["pool"]] += 1
+        if options.max_rows_per_pool and taken[row["pool"]] > options.max_rows_per_pool:
+            gone["above max_rows_per_pool", row["pool"]] += 1
+            kept.remove(row)
     return kept, gone
 
 
@@ -246,12 +248,12 @@ def test_a_candidate_equal_to_a_member_goes_even_when_the_member_goes_too():
     assert ("same url and caption", "candidate", 1) in dropped.rows()
 
 
-def test_the_cap_takes_the_lowest_ids_of_each_pool():
+def test_the_cap_ranks_by_the_second_half_of_the_id_so_that_shards_stay_even():
     kept, _ = metadata.select(crowd(), MetadataOptions(max_rows_per_pool=3))
     every, _ = metadata.select(crowd(), MetadataOptions())
     for pool in ("member", "candidate"):
-        ids = sorted(every.filter(pl.col("pool") == pool)["sample_id"])
-        assert kept.filter(pl.col("pool") == pool)["sample_id"].to_list() == ids[:3]
+        ids = sorted(every.filter(pl.col("pool") == pool)["sample_id"], key=lambda name: name[16:])
+        assert kept.filter(pl.col("pool") == pool)["sample_id"].to_list() == sorted(ids[:3])
 
 
 def test_a_pool_that_loses_all_its_rows_is_an_error_that_names_the_filter():

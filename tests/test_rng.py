@@ -56,7 +56,7 @@ def test_neighbouring_streams_are_independent():
     base = rng.noise(0, IDS, [0] * 60, "eps", SHAPE).ravel().astype(np.float64)
     others = {
         "seed": rng.noise(1, IDS, [0] * 60, "eps", SHAPE), "draw": rng.noise(0, IDS, [1] * 60, "eps", SHAPE),
-        "purpose": rng.noise(0, IDS, [0] * 60, "start", SHAPE), 
+        "purpose": rng.noise(0, IDS, [0] * 60, "start", SHAPE),
         "id": rng.noise(0, IDS[1:] + IDS[:1], [0] * 60, "eps", SHAPE),
     }  # fmt: skip
     for kind, other in others.items():

@@ -13,7 +13,7 @@ from mia import cli, sanitize, tables
 from mia.config import SanitizeOptions
 from mia.errors import UserError
 
-SMALL = SanitizeOptions(folds=3, keep_above=0.35, hidden_scale=1 / 128, max_epochs=30)
+SMALL = SanitizeOptions(folds=3, keep_above=0.35, hidden_scale=1 / 128, max_epochs=100)
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +162,7 @@ def test_both_classes_weigh_the_same():
     """Without any signal an unbalanced classifier says the share of the positive, a balanced one says a half."""
     r = np.random.default_rng(0)
     x, label = np.ones((400, 30), dtype=np.float32), r.permutation(np.repeat([True, False], [40, 360]))
-    options = SanitizeOptions(max_epochs=300)
+    options = SanitizeOptions(max_epochs=1000)
     found = sanitize.fit_predict(x, label, x[:5], sanitize.ROUNDS[0], options, 0)
     assert found == pytest.approx(0.5, abs=0.1)
 

@@ -27,13 +27,13 @@ def scores(features: Any, dataset: Any, settings: Any, seed: int, output: Any, o
 
     columns = ("sample_id", "block", "timestep", "draw", "model_loss", "latent_error", "pixel_error")
     rows = pl.from_arrow(tables.read(list(features), "features", columns=columns))
-    _one_target(features)
+    model = _one_target(features)
     labels = pl.from_arrow(tables.read(dataset, "dataset", columns=("sample_id", "group", "part", "member")))
     assert isinstance(rows, pl.DataFrame) and isinstance(labels, pl.DataFrame)
     known = labels.with_columns(pl.when(pl.col("part") == "calibration").then("member").alias("member"))
     found = stage.attack_scores(rows, known.drop("part"), settings, options, seed)
     made = common.made_by(
-        "scores", options, seed, [*features, dataset], settings=settings, libraries=("scikit-learn", "polars")
+        "scores", options, seed, [*features, dataset], settings=settings, **model, libraries=("scikit-learn", "polars")
     )
     tables.write(output, found.to_arrow().cast(_plain("scores")), "scores", made)
 
@@ -44,14 +44,17 @@ def _plain(name: str) -> Any:
     return pa.schema([pa.field(f.name, f.type) for f in tables.SCHEMAS[name]])
 
 
-def _one_target(paths: Any) -> None:
-    """Refuse features of two models, or of two seeds, in one scores table."""
-    for name in ("unet", "seed"):
-        found = {str(tables.provenance(path).get(name)): path for path in paths}
-        if len(found) > 1:
-            raise UserError(
-                f"features come from {len(found)} {name}s", list(found.values())[1], "give one target's features"
-            )
+def _one_target(paths: Any) -> dict:
+    """What the features share and their scores inherit: hashes of the model. Refuses two models, seeds or draw counts."""
+    shared: dict[str, Any] = {}
+    for path in paths:
+        made = tables.provenance(path)
+        facts = {"unet": made.get("unet"), "encoders": made.get("encoders"), "seed": made.get("seed")}
+        facts |= {name: made.get("options", {}).get(name) for name in ("draws", "dtype", "timesteps")}
+        for name, value in facts.items():
+            if shared.setdefault(name, value) != value:
+                raise UserError(f"features differ in {name}: {shared[name]} and {value}", path, "give one target's features")
+    return {name: shared[name] for name in ("unet", "encoders")}
 
 
 @click.command()
@@ -83,7 +86,8 @@ def evaluate(
         scored = stage.flipped(scored)
     inputs = [*scores, *(path for path in (dataset, calibration) if path is not None)]
     made = common.made_by(
-        "evaluation", options, seed, inputs, lower_is_member=lower_is_member, libraries=("scipy", "polars")
+        "evaluation", options, seed, inputs, lower_is_member=lower_is_member,
+        unet=tables.provenance(scores[0]).get("unet"), libraries=("scipy", "polars"),
     )
     tables.write(output, stage.evaluate(scored, options, seed), "metrics", made)
 

@@ -112,7 +112,7 @@ def embeddings(metadata: Any, images: Any, device: str, batch_size: int, output:
     model, preprocess, tokenizer, weights = models.encoder(options.model, options.pretrained, models.device(device))
     found = stage.embed(
         ids, shown["bytes"].to_pylist(), [captions[i] for i in ids], model, preprocess, tokenizer, batch_size,
-        50_000_000, common.progress("embeddings"),
+        common.progress("embeddings"),
     )  # fmt: skip
     made = common.made_by(
         "embeddings", options, None, [metadata, images], weights=weights, device=device, dtype="float32",

@@ -126,7 +126,7 @@ def _samples(latents: Any, texts: Any, images: Any, made_of: dict, autoencoder: 
     pixels = None
     if "pixel_error" in options.losses:
         data = common.image_bytes([images], ids)
-        squares = encoding.squares(data, ids, made_of["side_px"], 50_000_000)
+        squares = encoding.squares(data, ids, made_of["side_px"])
         pixels = torch.from_numpy(squares).permute(0, 3, 1, 2).float()
     return stage.Samples(ids, z0, states, caption, pixels)
 

@@ -46,4 +46,4 @@ rule target:
     conda:
         MODEL_ENV
     shell:
-        "python -m mia target --source {params.source:q} --revision {params.revision:q} --output {output} 2>&1 | tee {log}"
+        "python -m mia target --source {params.source:q} --revision={params.revision:q} --output {output} 2>&1 | tee {log}"
