@@ -38,7 +38,6 @@ $(READY): requirements.lock pyproject.toml
 lock:  ## after a change of pyproject.toml's dependencies
 	$(UV) pip compile --quiet --no-header --extra dev --python-version 3.11 pyproject.toml -o requirements.lock
 	sed -i 's/+cpu$$//' requirements.lock
-	$(RUN) python -m tests.test_environment
 
 figure: $(READY)  ## the picture of the flow in the README; needs graphviz
 	$(RUN) snakemake --rulegraph | sed -n '/^digraph/,$$p' | dot -Tsvg > docs/flow.svg

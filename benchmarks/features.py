@@ -1,7 +1,7 @@
 """Extraction against the paper's own loop, in one run: setting 16 on the toy target's shapes, random weights.
 
-The naive twin restates `attacks/mia.py` of Ankowa/inz: two images times five draws in a call, one timestep at a time, both
-guidance branches always, a decode after every step, losses in numpy on the host. Prints seconds and ratios; asserts nothing.
+The naive twin restates `attacks/mia.py` of Ankowa/inz: two images times five draws in a call, one timestep at a time,
+both guidance branches always, a decode after every step, losses in numpy on the host. Prints seconds and ratios.
 """
 
 from __future__ import annotations

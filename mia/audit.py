@@ -1,7 +1,7 @@
-"""Blind baselines: can members be told from non-members without any diffusion model? A fair split leaves them at chance.
+"""Blind baselines: can members be told from non-members without a diffusion model? A fair split leaves them at chance.
 
 Each blind classifier sees what every attacker sees, the caption, the image file or the metadata, and the same labels
-and folds as any supervised attack: fitted on `calibration`, applied to `test`; within calibration, out of fold by group.
+and folds as any supervised attack: fitted on calibration, applied to test; within calibration, out of fold by group.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class Seen:
     embeddings: np.ndarray | None
 
 
-def blind_scores(seen: Seen, member: np.ndarray, group: np.ndarray, part: np.ndarray, options: AuditOptions, seed: int) -> pa.Table:
+def blind_scores(
+    seen: Seen, member: np.ndarray, group: np.ndarray, part: np.ndarray, options: AuditOptions, seed: int
+) -> pa.Table:
     """The scores table of every blind classifier asked for: attack `blind_<kind>`, high = member.
 
     Args:
@@ -120,7 +122,9 @@ def _url_words(url: str) -> str:
 def image_input(seen: Seen) -> np.ndarray:
     """File and colour statistics of each image, and its CLIP embedding when given; float64[n, k]."""
     if seen.images is None:
-        raise UserError("image features need the column 'image'", "audit", "give image bytes, or drop 'image' from --features")
+        raise UserError(
+            "image features need the column 'image'", "audit", "give image bytes, or drop 'image' from --features"
+        )
     statistics = np.array([image_statistics(data) for data in seen.images])
     return statistics if seen.embeddings is None else np.concatenate([statistics, seen.embeddings], axis=1)
 

@@ -74,6 +74,8 @@ class SanitizeOptions:
     folds: int = 5
     keep_above: float = 0.5
     hidden_scale: float = 1.0
+    batch_scale: float = 1.0
+    learning_rate_scale: float = 1.0
     max_epochs: int = 100
     max_per_side: int = 0
     calibration_fraction: float = 0.5

@@ -2,7 +2,7 @@
 
 Source: arXiv 2306.12983 keeps a candidate as a non-member iff its L2 distance, between unit CLIP embeddings, to every
 retrieved training image is at least 0.5. We add a perceptual hash, search all members exactly instead of a retrieval
-service, and give every near-duplicate or same-caption group within the dataset one name, so that folds can keep it whole.
+service, and give every near-duplicate or same-caption group within the dataset one name, so that folds keep it whole.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def deduplicate(samples: Sample, options: DedupOptions) -> pa.Table:
     )
 
 
-def _mark(near: dict[str, np.ndarray], samples: Sample, query: np.ndarray, reference: np.ndarray, options: DedupOptions) -> None:
+def _mark(
+    near: dict[str, np.ndarray], samples: Sample, query: np.ndarray, reference: np.ndarray, options: DedupOptions
+) -> None:
     index, distance = nearest(samples.embeddings[query], samples.embeddings[reference])
     hash_index, bits = hamming_nearest(samples.phash[query], samples.phash[reference])
     by_clip, by_hash = distance < options.max_distance, bits <= options.max_hamming
@@ -101,7 +103,9 @@ def groups(samples: Sample, rows: np.ndarray, options: DedupOptions) -> np.ndarr
     from sklearn.neighbors import NearestNeighbors
 
     ids, n = samples.ids[rows], len(rows)
-    search = NearestNeighbors(algorithm="brute", radius=options.max_distance).fit(samples.embeddings[rows].astype(np.float64))
+    search = NearestNeighbors(algorithm="brute", radius=options.max_distance).fit(
+        samples.embeddings[rows].astype(np.float64)
+    )
     linked = search.radius_neighbors_graph(mode="distance").tocoo()
     close = linked.data < options.max_distance
     _, caption = np.unique([c.casefold() for c in samples.captions[rows]], return_inverse=True)

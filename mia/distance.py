@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from mia import rng
+from mia import rng, tables
 from mia.errors import UserError
 
 
@@ -35,7 +35,7 @@ def distances(spaces: dict[str, np.ndarray], member: np.ndarray, seed: int, perm
     n, m = int(member.sum()), int((~member).sum())
     if min(n, m) < 2:
         raise UserError(f"{n} members and {m} non-members", "dataset", "a covariance needs two of each at least")
-    rows = []
+    rows: list[tuple] = []
     for space, x in spaces.items():
         generator = rng.stream(seed, space, purpose="distance")
         shuffled = [generator.permutation(member) for _ in range(permutations)]
@@ -43,6 +43,5 @@ def distances(spaces: dict[str, np.ndarray], member: np.ndarray, seed: int, perm
         low, high = np.quantile(chance, [0.025, 0.975])
         rows.append((space, "frechet", n, m, frechet(x[member], x[~member]), None, None))
         rows.append((space, "frechet_chance", n, m, float(np.median(chance)), float(low), float(high)))
-    names = ("space", "metric", "n_members", "n_nonmembers", "value", "ci_low", "ci_high")
-    kinds = (pa.string(), pa.string(), pa.int32(), pa.int32(), pa.float64(), pa.float64(), pa.float64())
-    return pa.table({name: pa.array(c, k) for name, c, k in zip(names, zip(*rows, strict=True), kinds, strict=True)})
+    schema = tables.SCHEMAS["distance"]
+    return pa.Table.from_pylist([dict(zip(schema.names, row, strict=True)) for row in rows], schema=schema)

@@ -26,7 +26,10 @@ def embed(
         with torch.inference_mode():
             shown = torch.stack([preprocess(pixels.decode(images[i])) for i in run]).to(device)
             tokens = tokenizer([captions[i] for i in run]).to(device)
-            for space, vectors in (("image", model.encode_image(shown, True)), ("text", model.encode_text(tokens, True))):
+            for space, vectors in (
+                ("image", model.encode_image(shown, True)),
+                ("text", model.encode_text(tokens, True)),
+            ):
                 found[space][run[:real]] = vectors[:real].float().cpu().numpy()
     columns = {space: tables.vector_column(vectors) for space, vectors in found.items()}
     return pa.table({"sample_id": pa.array(ids, pa.string()), **columns})

@@ -104,7 +104,9 @@ def evaluate(scored: Scored, options: EvaluationOptions, seed: int) -> pa.Table:
 
     `method` says how a row's variant came to be: `as_is` (every variant, nothing chosen, on test: the curves over
     timesteps), `holdout` (an attack's variant with the highest calibration TPR at the first FPR target, ties by AUC,
-    reported on both parts), and attack `best on calibration`, the same choice made over all attacks.
+    reported on both parts), and attack `best on calibration`, the same choice made over all attacks. Intervals of
+    `as_is` rows hold one at a time; those of `holdout` rows, which are read side by side, hold together over the
+    table's k attacks (Bonferroni: each at 1 - (1 - confidence) / k): one of many controls shall not miss chance by luck alone.
 
     Raises:
         UserError: options out of range, no sample in the test part, or a part with one side only.
@@ -125,10 +127,12 @@ def evaluate(scored: Scored, options: EvaluationOptions, seed: int) -> pa.Table:
         generator = rng.stream(seed, part, purpose="bootstrap")
         weights[part] = metrics.group_weights(scored.group[mine], scored.member[mine], options.bootstrap, generator)
 
+    together = 1 - (1 - options.confidence) / len({attack for attack, _ in scored.names})
+
     def measure(column: int, part: str, attack: str, variant: str, method: str) -> list[dict]:
-        mine = at[part]
+        mine, confidence = at[part], options.confidence if method == "as_is" else together
         found = metrics.measured(
-            scored.scores[mine, column], scored.member[mine], weights[part], options.fpr_targets, options.confidence
+            scored.scores[mine, column], scored.member[mine], weights[part], options.fpr_targets, confidence
         )
         return [row | {"attack": attack, "variant": variant, "part": part, "method": method} for row in found]
 

@@ -24,8 +24,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-GRAM_NAMES = ("z0_z0", "z0_eps", "z0_null", "z0_cond", "eps_eps", "eps_null", "eps_cond", "null_null", "null_cond", "cond_cond")  # fmt: skip
-NORM_NAMES = ("cond_eps_l1", "cond_eps_l4", "cond_eps_l5", "cond_l1", "cond_l4", "null_eps_l1", "null_eps_l4", "null_eps_l5", "null_l1", "null_l4")  # fmt: skip
+GRAM_NAMES = (
+    "z0_z0", "z0_eps", "z0_null", "z0_cond", "eps_eps", "eps_null", "eps_cond", "null_null", "null_cond", "cond_cond",
+)  # fmt: skip
+NORM_NAMES = (  # sums of powers, without the root
+    "cond_eps_l1", "cond_eps_l4", "cond_eps_l5", "cond_l1", "cond_l4",
+    "null_eps_l1", "null_eps_l4", "null_eps_l5", "null_l1", "null_l4",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +66,9 @@ class Counts:
 class Engine:
     """The networks of one target on one device, and the three losses they give."""
 
-    def __init__(self, unet: Any, vae: Any, schedule: models.Schedule, samples: Samples, options: FeaturesOptions, seed: int):
+    def __init__(
+        self, unet: Any, vae: Any, schedule: models.Schedule, samples: Samples, options: FeaturesOptions, seed: int
+    ):
         import torch
 
         self.unet, self.vae, self.schedule, self.samples, self.options = unet, vae, schedule, samples, options
@@ -81,7 +88,9 @@ class Engine:
         both = torch.from_numpy(np.stack([np.sqrt(a), np.sqrt(1 - a)]).astype(np.float32)).to(self.device)
         return both[0].reshape(-1, 1, 1, 1), both[1].reshape(-1, 1, 1, 1)
 
-    def predict(self, z: torch.Tensor, timesteps: np.ndarray, image: np.ndarray, real: int, null: bool) -> tuple[Any, Any]:
+    def predict(
+        self, z: torch.Tensor, timesteps: np.ndarray, image: np.ndarray, real: int, null: bool
+    ) -> tuple[Any, Any]:
         """Noise predicted under the caption and, if `null`, under the empty prompt; one call for both."""
         import torch
 
@@ -202,17 +211,18 @@ def _noised(engine: Engine, numbers: list[int], batch_size: int, progress: Calla
     parts: dict[str, list[dict]] = {}
     for null in (False, True):
         chosen = [t for t, readers in grid.items() if any(needs_null(s, options) for s in readers) == null]
-        work = np.array(
-            [(i, d, t) for i in range(len(engine.samples.ids)) for d in range(options.draws) for t in chosen],
-            dtype=np.int64,
-        ).reshape(-1, 3)
+        # Timestep by timestep, so that a setting that reads few of them finds its rows together in full batches.
+        pairs = [(t, i, d) for t in chosen for i in range(len(engine.samples.ids)) for d in range(options.draws)]
+        work = np.array(pairs, dtype=np.int64).reshape(-1, 3)
         for run, real in progress(list(models.batches(len(work), batch_size))):
-            image, draw, t = work[run].T
+            t, image, draw = work[run].T
             _noised_batch(engine, image, draw, t, real, null, grid, parts)
     return [_joined(block, rows) for block, rows in parts.items()]
 
 
-def _noised_batch(engine: Engine, image: Any, draw: Any, t: Any, real: int, null: bool, grid: dict, parts: dict) -> None:
+def _noised_batch(
+    engine: Engine, image: Any, draw: Any, t: Any, real: int, null: bool, grid: dict, parts: dict
+) -> None:
     z0, eps = engine.samples.z0[image].to(engine.device), engine.eps[image, draw].to(engine.device)
     root_a, root_b = engine.coefficients(t)
     z = root_a * z0 + root_b * eps

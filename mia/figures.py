@@ -28,6 +28,7 @@ GREYS = ("#6e6e6e", "#a8a8a8", "#8a8a8a")
 CYCLE = ((VERMILLION, "D"), (GREEN, "s"), (ORANGE, "^"), (SKY, "v"), (PURPLE, "P"))
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)))
 CHANCE: dict[str, Any] = {"color": INK, "linestyle": (0, (4, 3)), "linewidth": 0.8, "zorder": 1.5}
+MAX_MARKERS = 15  # a line with more points goes without markers
 WIDE, COLUMN = 7.0, 3.5  # inches: the text and a column of a two-column page
 
 RC: Any = {
@@ -175,13 +176,19 @@ def _with_interval(axes: Axes, line: pl.DataFrame, x: str, label: str, look: dic
         _bars(axes, line, x, label, look)
         return
     axes.fill_between(line[x], line["ci_low"], line["ci_high"], color=look["color"], alpha=0.13, linewidth=0)
-    axes.plot(line[x], line["value"], label=label, markersize=2.8, zorder=3, **look)
+    look = look | ({"marker": ""} if len(line) > MAX_MARKERS else {"markersize": 2.8})
+    axes.plot(line[x], line["value"], label=label, zorder=3, **look)
 
 
 def _bars(axes: Axes, line: pl.DataFrame, x: str, label: str, look: dict[str, Any]) -> None:
-    value = line["value"].to_numpy()
-    reach = np.maximum([value - line["ci_low"].to_numpy(), line["ci_high"].to_numpy() - value], 0)
-    axes.errorbar(line[x], value, reach, label=label, elinewidth=1.0, capsize=2, zorder=3, **look)
+    whole = {"capsize": 2, "elinewidth": 1.0, "zorder": 3, "clip_on": False}
+    axes.errorbar(line[x], line["value"], _reach(line), label=label, **whole, **look)  # type: ignore[arg-type]
+
+
+def _reach(rows: pl.DataFrame) -> np.ndarray:
+    """How far each value's interval reaches below and above it, float64[2, n_rows]."""
+    low, value, high = (rows[column].to_numpy() for column in ("ci_low", "value", "ci_high"))
+    return np.maximum([value - low, high - value], 0)
 
 
 def _legend_above(figure: Figure, panels: Sequence[Axes]) -> None:
@@ -330,11 +337,8 @@ def controls(rows: pl.DataFrame, fpr_target: float) -> Figure:
             shown = rows.filter(pl.col("target") == target, pl.col("metric") == metric).drop_nulls("value")
             y = np.array([places[attack] + offset for attack in shown["attack"]])
             marker = {"main": "o", "control": "s", "blind": "D"}[kind]
-            value = shown["value"].to_numpy()
-            reach = np.maximum([value - shown["ci_low"].to_numpy(), shown["ci_high"].to_numpy() - value], 0)
-            axes.errorbar(
-                value, y, xerr=reach, linestyle="", marker=marker, color=colour, elinewidth=1.1, label=target, zorder=3
-            )
+            look: dict[str, Any] = {"marker": marker, "color": colour, "linestyle": "", "elinewidth": 1.1, "zorder": 3}
+            axes.errorbar(shown["value"], y, xerr=_reach(shown), label=target, clip_on=False, **look)
         axes.axvline(chance, **CHANCE)
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)

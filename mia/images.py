@@ -70,7 +70,7 @@ def fetch(
     *,
     concurrency: int = 32,
     timeout_s: float = 30.0,
-    root: pathlib.Path = pathlib.Path("."),
+    root: pathlib.Path = pathlib.Path(),
 ) -> pa.Table:
     """An `images` table with one row for each row of `metadata`, in its order; only `sample_id` and `url` are read.
 

@@ -78,7 +78,7 @@ def latent_tensor(latents: pa.Table, vae: Any) -> Any:
 
 
 def state_tensor(latents: pa.Table, texts: pa.Table, width: int) -> tuple[Any, np.ndarray]:
-    """Text states, float32[n_captions + 1, tokens, width], the last the empty prompt's; and each sample's row, int64[n]."""
+    """Text states, float32[n_captions + 1, tokens, width], the empty prompt's last; and each sample's row, int64[n]."""
     import torch
 
     place = {name: row for row, name in enumerate(texts["caption_id"].to_pylist())}

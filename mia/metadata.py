@@ -37,13 +37,16 @@ def source_rows(rows: pl.DataFrame, columns: Mapping[str, str], source: str, poo
     for ours, theirs in columns.items():
         if theirs not in rows.columns:
             raise UserError(
-                f"source has no column '{theirs}' for '{ours}'", source, f"map it in metadata.columns; it has {rows.columns}"
+                f"source has no column '{theirs}' for '{ours}'",
+                source,
+                f"map it in metadata.columns; it has {rows.columns}",
             )
     named = rows.select(pl.col(theirs).alias(ours) for ours, theirs in columns.items())
     named = named.with_columns(polars.selectors.float().fill_nan(None))
     try:
         out = named.select(
-            (pl.col(name).cast(kind) if name in columns else pl.lit(None, kind).alias(name)) for name, kind in _TYPES.items()
+            (pl.col(name).cast(kind) if name in columns else pl.lit(None, kind).alias(name))
+            for name, kind in _TYPES.items()
         )
     except (pl.exceptions.InvalidOperationError, pl.exceptions.ComputeError) as problem:
         raise UserError(f"a column cannot be read as its type ({problem})", source, "mend the source") from problem
@@ -59,7 +62,7 @@ def clean_caption(caption: pl.Expr) -> pl.Expr:
 
 
 def select(rows: pl.DataFrame, options: MetadataOptions) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Rows that pass every filter, and a `dropped` table (reason, pool, rows): each row dropped once, by its first reason.
+    """Rows that pass every filter, and counts of the others (reason, pool, rows), each row once, by its first reason.
 
     A row that lacks a value passes the filter on it. Of rows with one url and caption a member is kept before others.
 
@@ -84,13 +87,17 @@ def select(rows: pl.DataFrame, options: MetadataOptions) -> tuple[pl.DataFrame, 
         # By the id's second half: ranked by the first, the rows kept would all fall into the first shards.
         place = pl.when(pl.col("reason").is_null()).then(pl.col("sample_id").str.slice(16)).rank("ordinal").over("pool")
         over = place > options.max_rows_per_pool
-        marked = marked.with_columns(pl.when(over).then(pl.lit("above max_rows_per_pool")).otherwise("reason").alias("reason"))
+        marked = marked.with_columns(
+            pl.when(over).then(pl.lit("above max_rows_per_pool")).otherwise("reason").alias("reason")
+        )
     kept = marked.filter(pl.col("reason").is_null()).drop("reason")
     for pool in rows["pool"].unique().sort():
         if not (kept["pool"] == pool).any():
             worst = marked.filter(pl.col("pool") == pool)["reason"].mode().first()
             raise UserError(
-                f"no {pool} rows are left after the filters (most dropped for: {worst})", "metadata", "loosen that filter"
+                f"no {pool} rows are left after the filters (most dropped for: {worst!s})",
+                "metadata",
+                "loosen that filter",
             )
     dropped = marked.drop_nulls("reason").group_by("reason", "pool").len("rows").sort("reason", "pool")
     return kept, dropped

@@ -115,10 +115,13 @@ def interval(values: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndar
 def measured(
     score: np.ndarray, member: np.ndarray, weights: np.ndarray, targets: tuple[float, ...], confidence: float
 ) -> list[dict]:
-    """Rows of a metrics table, without names: exact AUC, and TPR at each FPR target, with bootstrap intervals.
+    """Rows of a metrics table, without names: exact AUC, and TPR at each FPR target, with intervals.
 
-    A target that allows not even one false positive gets no value but a note that says so.
+    Intervals are the bootstrap's; for a TPR, at least as wide as the exact binomial one of its hits, since a bootstrap
+    of no hit at all knows no doubt. A target that allows not even one false positive gets no value but a note why.
     """
+    from scipy.stats import binomtest
+
     n, m = int(member.sum()), int((~member).sum())
     low, high = interval(resampled(score, member, weights, targets), confidence)
     rows = [{"metric": "auc", "value": auc(score, member), "ci_low": low[0], "ci_high": high[0], "note": ""}]
@@ -129,8 +132,10 @@ def measured(
             rows.append({"metric": "tpr", "fpr_target": target, "note": note})
             continue
         at = tpr_at_fpr(score, member, target)
+        exact = binomtest(round(at.tpr * n), n).proportion_ci(confidence)
         rows.append({
-            "metric": "tpr", "fpr_target": target, "value": at.tpr, "ci_low": lower, "ci_high": upper,
+            "metric": "tpr", "fpr_target": target, "value": at.tpr,
+            "ci_low": min(lower, exact.low), "ci_high": max(upper, exact.high),
             "fpr_realized": at.fpr, "threshold": at.threshold if np.isfinite(at.threshold) else None, "note": "",
         })  # fmt: skip
     return [row | {"n_members": n, "n_nonmembers": m} for row in rows]

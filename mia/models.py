@@ -46,7 +46,9 @@ def device(name: str) -> torch.device:
     import torch
 
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("CUDA is asked for but torch finds no CUDA device", "execution.device", "use a GPU node or 'cpu'")
+        raise UserError(
+            "CUDA is asked for but torch finds no CUDA device", "execution.device", "use a GPU node or 'cpu'"
+        )
     return torch.device(name)
 
 
@@ -85,9 +87,7 @@ def _snapshot(source: str, revision: str) -> pathlib.Path:
 
     try:
         wanted = ["*.json", "*.txt", *(f"{part}/*.safetensors" for part in PARTS)]
-        return pathlib.Path(
-            huggingface_hub.snapshot_download(source, revision=revision or None, allow_patterns=wanted)
-        )
+        return pathlib.Path(huggingface_hub.snapshot_download(source, revision=revision or None, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as problem:
         raise UserError(
             f"model '{source}' is neither a folder nor on the hub ({type(problem).__name__})",
@@ -102,7 +102,9 @@ def _loaded(build: Any, folder: pathlib.Path, part: str, **options: Any) -> Any:
             folder, subfolder=part, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, **options
         )
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as problem:
-        raise UserError(f"{part} cannot be loaded ({problem})", folder / part, "give a complete diffusers part") from problem
+        raise UserError(
+            f"{part} cannot be loaded ({problem})", folder / part, "give a complete diffusers part"
+        ) from problem
 
 
 def unet(folder: pathlib.Path, on: torch.device, dtype: torch.dtype) -> torch.nn.Module:
@@ -143,7 +145,7 @@ def text_encoder(folder: pathlib.Path, on: torch.device, dtype: torch.dtype) -> 
 def text_states(
     tokenize: Any, encoder: torch.nn.Module, captions: list[str], batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Last hidden states, float32[n, tokens, width], padded and truncated to the model's length, and int32[n] token counts.
+    """Last hidden states, float32[n, tokens, width], cut or padded to the model's length, and int32[n] token counts.
 
     A count above the model's length tells that the caption was truncated.
     """
@@ -186,7 +188,9 @@ def schedule(folder: pathlib.Path) -> Schedule:
 
     ddim = _loaded_scheduler(DDIMScheduler, folder)
     if ddim.config.prediction_type != "epsilon":
-        raise UserError(f"prediction type '{ddim.config.prediction_type}' is not supported", folder, "use an epsilon model")
+        raise UserError(
+            f"prediction type '{ddim.config.prediction_type}' is not supported", folder, "use an epsilon model"
+        )
     if ddim.config.clip_sample:
         raise UserError("the scheduler clips latents", folder / "scheduler", 'say "clip_sample": false in its config')
     found = ddim.alphas_cumprod.double().numpy()
@@ -223,14 +227,18 @@ def part_config(folder: pathlib.Path, part: str) -> dict[str, Any]:
     try:
         return json.loads(file.read_text())
     except (OSError, json.JSONDecodeError) as problem:
-        raise UserError(f"{part} configuration cannot be read ({problem})", file, "give a complete diffusers part") from problem
+        raise UserError(
+            f"{part} configuration cannot be read ({problem})", file, "give a complete diffusers part"
+        ) from problem
 
 
 def torch_dtype(name: str) -> torch.dtype:
     """`float64`, `float32`, `bfloat16` or `float16` as torch knows it."""
     import torch
 
-    return {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+    return {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
+        name
+    ]
 
 
 def encoder(model: str, pretrained: str, on: torch.device) -> tuple[Any, Any, Any, str]:
@@ -248,10 +256,14 @@ def encoder(model: str, pretrained: str, on: torch.device) -> tuple[Any, Any, An
             raise UserError("folder holds no open_clip model", folder, "it needs open_clip_config.json and safetensors")
         model = f"local-dir:{folder.resolve()}"
     try:
-        net, _, preprocess = open_clip.create_model_and_transforms(model, pretrained=pretrained or None, precision="fp32")
+        net, _, preprocess = open_clip.create_model_and_transforms(
+            model, pretrained=pretrained or None, precision="fp32"
+        )
         tokenize = open_clip.get_tokenizer(model)
     except (RuntimeError, OSError, ValueError) as problem:
-        raise UserError(f"open_clip cannot make '{model}' ({problem})", "embeddings.model", "see open_clip.list_pretrained()") from problem
+        raise UserError(
+            f"open_clip cannot make '{model}' ({problem})", "embeddings.model", "see open_clip.list_pretrained()"
+        ) from problem
     return net.eval().requires_grad_(False).to(on), preprocess, tokenize, state_hash(net)
 
 

@@ -84,7 +84,7 @@ def _named(attack: str, variant: str) -> str:
 def _curve(results: Results, scores: pl.DataFrame | None, attack: str, variant: str, label: str, kind: str) -> Curve:
     """The ROC of one column of scores on the test part."""
     assert scores is not None
-    test = results.datasets["sanitized"].filter(pl.col("part") == "test").select("sample_id", "member")
+    test = results.datasets["attacked"].filter(pl.col("part") == "test").select("sample_id", "member")
     mine = scores.filter(pl.col("attack") == attack, pl.col("variant") == variant)
     rows = test.join(mine, on="sample_id", how="inner", maintain_order="left")
     tpr, fpr, _ = metrics.roc(rows["score"].to_numpy(), rows["member"].to_numpy())
@@ -138,8 +138,8 @@ def _embedding_scatter(results: Results) -> Figure | str:
         place, explained[space] = principal_components(x[fitted], x)
         ids = pl.Series(results.vector_ids, dtype=pl.String)
         at = pl.DataFrame({"sample_id": ids, "pc1": place[:, 0], "pc2": place[:, 1]})
-        for split, dataset in results.datasets.items():
-            rows = dataset.sort("sample_id").filter(pl.int_range(pl.len()).over("member") < MAX_POINTS)
+        for split in summary.SPLITS:
+            rows = results.datasets[split].sort("sample_id").filter(pl.int_range(pl.len()).over("member") < MAX_POINTS)
             rows = rows.join(at, on="sample_id", maintain_order="left")
             parts.append(rows.select("member", "pc1", "pc2", space=pl.lit(space), split=pl.lit(split)))
     return figures.embedding_scatter(pl.concat(parts), explained)
@@ -229,9 +229,9 @@ def _planted(results: Results) -> dict[str, int]:
 
 
 def _sizes(results: Results) -> dict[str, dict[str, int]]:
-    """Members and non-members of each split, and of the sanitized one's parts."""
+    """Members and non-members of each split, and of the two parts of the attacked one."""
     out = {}
-    rows = results.datasets["sanitized"]
+    rows = results.datasets["attacked"]
     parts = results.datasets | {part: rows.filter(pl.col("part") == part) for part in ("calibration", "test")}
     for name, part in parts.items():
         member = part["member"]

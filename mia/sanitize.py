@@ -2,7 +2,7 @@
 
 Method `paper` (arXiv 2306.12983, `laion-mi/`): three rounds; in each a bigger classifier learns members from
 non-members on the text encoder's states, and only members it takes for non-members stay. The authors spend fresh chunks
-of 40 000 members on training in every round; here each round is cross-fitted instead (a member is judged by a classifier
+of 40 000 members on training in every round; here each round is cross-fitted (a member is judged by a classifier
 that never saw it), so that pools of thousands do as well as pools of millions.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ from mia.errors import UserError
 log = logging.getLogger(__name__)
 
 METHODS = ("paper", "none")
+MIN_BATCH = 64  # however small `batch_scale`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +57,14 @@ def keep_members(
             "round": number + 1, "members_in": int(member[rows].sum()), "members_kept": int((keep & member).sum()),
             "nonmembers": int((~member[rows]).sum()), "auc": _auc(looks, ~member[rows]),
         })  # fmt: skip
-        log.info("round %(round)d: %(members_kept)d of %(members_in)d members kept, classifier AUC %(auc).3f", reports[-1])
+        log.info(
+            "round %(round)d: %(members_kept)d of %(members_in)d members kept, classifier AUC %(auc).3f", reports[-1]
+        )
         if not (keep & member).any():
             raise UserError(
-                f"no members are left after round {number + 1}", "sanitize.keep_above", "lower it, or bring more members"
+                f"no members are left after round {number + 1}",
+                "sanitize.keep_above",
+                "lower it, or bring more members",
             )
     return keep, reports
 
@@ -70,7 +76,13 @@ def _auc(score: np.ndarray, positive: np.ndarray) -> float:
 
 
 def cross_fitted(
-    x: np.ndarray, positive: np.ndarray, group: np.ndarray, spec: Round, options: SanitizeOptions, seed: int, number: int
+    x: np.ndarray,
+    positive: np.ndarray,
+    group: np.ndarray,
+    spec: Round,
+    options: SanitizeOptions,
+    seed: int,
+    number: int,
 ) -> np.ndarray:
     """Probability of `positive` for each row by a classifier that saw neither it nor its group, float64[n]."""
     import torch
@@ -95,7 +107,8 @@ def fit_predict(
 
     torch.manual_seed(seed)
     net = _network(x.shape[1], spec, options.hidden_scale)
-    optimiser = torch.optim.Adam(net.parameters(), lr=spec.learning_rate)
+    optimiser = torch.optim.Adam(net.parameters(), lr=spec.learning_rate * options.learning_rate_scale)
+    batch_size = max(MIN_BATCH, int(spec.batch_size * options.batch_scale))
     weight = torch.tensor(np.where(y, 0.5 / y.mean(), 0.5 / (1 - y.mean())), dtype=torch.float32)
     x_all, y_all = torch.from_numpy(x), torch.from_numpy(y.astype(np.float32))
     order = torch.randperm(len(x))
@@ -108,7 +121,7 @@ def fit_predict(
     best, best_weights = float("inf"), net.state_dict()
     for epoch in range(options.max_epochs):
         net.train()
-        for rows in train[torch.randperm(len(train))].split(spec.batch_size):
+        for rows in train[torch.randperm(len(train))].split(batch_size):
             optimiser.zero_grad()
             loss(rows).backward()
             optimiser.step()
@@ -125,7 +138,7 @@ def fit_predict(
         return torch.sigmoid(net(torch.from_numpy(query)).squeeze(1)).double().numpy()
 
 
-def _network(width: int, spec: Round, scale: float) -> torch.nn.Module:
+def _network(width: int, spec: Round, scale: float) -> Any:
     import torch
 
     layers: list[torch.nn.Module] = []
@@ -135,8 +148,8 @@ def _network(width: int, spec: Round, scale: float) -> torch.nn.Module:
     return torch.nn.Sequential(*layers, torch.nn.Linear(width, 1))
 
 
-def finish(rows: pa.Table, keep: np.ndarray, options: SanitizeOptions, seed: int) -> pa.Table:
-    """The dataset table of the kept rows, by sample id: at most `max_per_side` samples a side, parts cut by group.
+def finish(rows: pa.Table, options: SanitizeOptions, seed: int) -> pa.Table:
+    """The dataset table: `rows` by sample id, cut by group into calibration and test.
 
     Args:
         rows: sample_id, url, caption, sha256, member, group.
@@ -144,20 +157,27 @@ def finish(rows: pa.Table, keep: np.ndarray, options: SanitizeOptions, seed: int
     Raises:
         UserError: every group is too large for the calibration part.
     """
-    rows = rows.filter(pa.array(keep)).sort_by("sample_id")
-    member = rows["member"].to_numpy(zero_copy_only=False)
-    group = np.array(rows["group"].to_pylist())
-    order = _shuffled_groups(group, seed)
-    chosen = np.zeros(len(member), dtype=bool)
-    part = np.empty(len(member), dtype=object)
-    for side in (True, False):
-        mine = order[member[order] == side]
-        mine = mine[: options.max_per_side] if options.max_per_side else mine
-        chosen[mine] = True
-    part[:] = "test"
-    part[_calibration(order[chosen[order]], member, group, options.calibration_fraction)] = "calibration"
+    rows = rows.sort_by("sample_id")
+    member, group = rows["member"].to_numpy(zero_copy_only=False), np.array(rows["group"].to_pylist())
+    part = np.full(len(member), "test", dtype=object)
+    part[_calibration(_shuffled_groups(group, seed), member, group, options.calibration_fraction)] = "calibration"
     table = rows.append_column("part", pa.array(part, pa.string()))
-    return table.append_column("weight", pa.array(np.ones(len(member)))).filter(pa.array(chosen))
+    return table.append_column("weight", pa.array(np.ones(len(member))))
+
+
+def to_attack(dataset: pa.Table, options: SanitizeOptions, seed: int) -> pa.Table:
+    """The part of a dataset worth the cost of an attack: at most `max_per_side` samples a side, parts as they are."""
+    if not options.max_per_side:
+        return dataset
+    member, group = dataset["member"].to_numpy(zero_copy_only=False), np.array(dataset["group"].to_pylist())
+    part = np.array(dataset["part"].to_pylist())
+    order, chosen = _shuffled_groups(group, seed), np.zeros(len(member), dtype=bool)
+    share = {"calibration": round(options.max_per_side * options.calibration_fraction)}
+    share["test"] = options.max_per_side - share["calibration"]
+    for side in (True, False):
+        for name, count in share.items():
+            chosen[order[(member[order] == side) & (part[order] == name)][:count]] = True
+    return dataset.filter(pa.array(chosen))
 
 
 def _shuffled_groups(group: np.ndarray, seed: int) -> np.ndarray:
@@ -177,5 +197,7 @@ def _calibration(order: np.ndarray, member: np.ndarray, group: np.ndarray, fract
             picked.append(rows)
             taken = {side: taken[side] + counts[side] for side in (True, False)}
     if not picked:
-        raise UserError("every group is larger than the calibration part", "dedup", "lower its limits, or bring more rows")
+        raise UserError(
+            "every group is larger than the calibration part", "dedup", "lower its limits, or bring more rows"
+        )
     return np.concatenate(picked)

@@ -15,7 +15,7 @@ import polars as pl
 from mia import settings
 
 CHOSEN = "best on calibration"  # as `evaluation` names the choice made over all attacks
-SPLITS = {"unsanitized": "before", "sanitized": "after"}
+SPLITS = {"unsanitized": "before", "sanitized": "after"}  # when the whole dataset was looked at, next to sanitization
 LOSSES = {"model_loss": "model loss", "latent_error": "latent error", "pixel_error": "pixel error"}
 ATTACKS = {s.name: s.label for s in settings.SETTINGS.values()} | {
     "random_forest": "Random forest", CHOSEN: "Best on calibration",
@@ -47,7 +47,8 @@ class Results:
 
     Attributes:
         targets: the main target first, then negative controls, then checkpoints.
-        datasets, audits, distances: by split, `sanitized` and `unsanitized`.
+        datasets, audits, distances: by split, `sanitized` and `unsanitized`; the first two also `attacked`, the samples
+            of the sanitized split that are attacked.
         vectors: for each space the CLIP embeddings, float32[n, d], of the samples `vector_ids`.
         planted: candidate_id, member_id, transform, same_caption; None when there is no such truth.
         made: what each stage's table says of its own making, by stage.
@@ -144,14 +145,14 @@ def attacks(results: Results) -> pl.DataFrame:
         rows = wide(reported(target.metrics), results.fpr_targets)
         rows = rows.sort(placed("attack", ORDER), "attack")
         parts.append(rows.select(pl.lit(kind).alias("kind"), pl.lit(target.name).alias("target"), pl.all()))
-    blind = wide(reported(results.audits["sanitized"]), results.fpr_targets)
+    blind = wide(reported(results.audits["attacked"]), results.fpr_targets)
     parts.append(blind.select(pl.lit("blind").alias("kind"), pl.lit("no model").alias("target"), pl.all()))
     return pl.concat(parts)
 
 
 def best_blind(results: Results) -> str | None:
     """The blind baseline that is best on calibration, by TPR at the first target, ties by AUC."""
-    rows = wide(reported(results.audits["sanitized"], "calibration"), results.fpr_targets)
+    rows = wide(reported(results.audits["attacked"], "calibration"), results.fpr_targets)
     rows = rows.sort(tpr_key(results.fpr_targets[0]), "auc", descending=True, nulls_last=True)
     return rows["attack"][0] if len(rows) else None
 
@@ -195,9 +196,9 @@ def all_metrics(results: Results) -> pl.DataFrame:
 
 
 def blind_audits(results: Results) -> pl.DataFrame:
-    """Blind baselines before and after sanitization: split, then `wide`'s columns, on the test part."""
+    """Blind baselines before and after sanitization and on the attacked samples: split, then `wide`'s columns."""
     parts = []
-    for split in ("unsanitized", "sanitized"):
+    for split in (*SPLITS, "attacked"):
         rows = wide(reported(results.audits[split]), results.fpr_targets)
         parts.append(rows.select(pl.lit(split).alias("split"), pl.all()))
     return pl.concat(parts).sort("attack", maintain_order=True)
@@ -259,12 +260,14 @@ def dedup_methods(results: Results) -> pl.DataFrame:
 
 
 def dropped(results: Results) -> pl.DataFrame:
-    """Rows dropped in the order of stages, with one column for each pool, and what was left: stage, reason, pools."""
+    """Rows dropped in the order of stages, a column for each pool; then what was left, and of that attacked."""
     counts = [pl.col("rows").filter(pl.col("pool") == pool).sum().cast(pl.Int64).alias(pool) for pool in POOLS]
     rows = results.dropped.group_by("stage", "reason").agg(counts).sort(placed("stage", STAGES), "reason")
-    member = results.datasets["sanitized"]["member"]
-    left = ("dataset", "rows left", int(member.sum()), int((~member).sum()), 0)
-    return pl.concat([rows, pl.DataFrame([left], schema=rows.schema, orient="row")])
+    ends = []
+    for split, reason in (("sanitized", "rows left"), ("attacked", "of these attacked")):
+        member = results.datasets[split]["member"]
+        ends.append(("dataset", reason, int(member.sum()), int((~member).sum()), 0))
+    return pl.concat([rows, pl.DataFrame(ends, schema=rows.schema, orient="row")])
 
 
 def placed(column: str, order: Sequence[str]) -> pl.Expr:
@@ -299,7 +302,7 @@ def settings_used(results: Results) -> pl.DataFrame:
         steps, losses = mine["field_1"].cast(pl.Int64), mine["field_0"].unique().sort()
         out.append({
             "setting": setting.number, "label": setting.label, "timesteps": steps.n_unique(), "first": steps.min(),
-            "last": steps.max(), "losses": " ".join(losses), "guidance_scale": setting.guidance_scale,
+            "last": steps.max(), "losses": ", ".join(losses), "guidance_scale": setting.guidance_scale,
             "iterative": setting.iterative, "reversed_order": setting.reversed_order,
         })  # fmt: skip
     return pl.DataFrame(out, infer_schema_length=None)

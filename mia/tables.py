@@ -15,6 +15,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -56,7 +57,8 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     "images": pa.schema(
         [_ID, *_required(status=_STRING, detail=_STRING),
-         *_optional(sha256=_STRING, bytes=pa.large_binary(), width=_I32, height=_I32, format=_STRING, phash=pa.uint64())]
+         *_optional(sha256=_STRING, bytes=pa.large_binary(), width=_I32, height=_I32, format=_STRING,
+                    phash=pa.uint64())]
     ),
     "embeddings": pa.schema([_ID, *_required(image=VECTOR, text=VECTOR)]),
     "duplicates": pa.schema(
@@ -201,7 +203,7 @@ def _refuse_duplicate_keys(table: pa.Table, name: str, where: object) -> None:
         raise UserError(f"{name} table has two rows with one key", f"{where} {at}".strip(), "drop one of them")
 
 
-def read(paths: object, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+def read(paths: Any, name: str, columns: Sequence[str] | None = None) -> pa.Table:
     """Table `name` from one Parquet file or the concatenation of several, checked and sorted.
 
     `columns`, the table's first key among them, reads a part of it, unchecked but for the columns' presence.
@@ -252,7 +254,7 @@ def provenance(path: object) -> dict:
 
 def file_hash(path: object) -> str:
     """SHA-256 of a file's bytes, 64 hex digits."""
-    with open(str(path), "rb") as file:
+    with pathlib.Path(str(path)).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -272,7 +274,7 @@ def replacing(path: object) -> Iterator[pathlib.Path]:
     try:
         yield temporary
         temporary.chmod(0o644)
-        os.replace(temporary, target)
+        temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
 

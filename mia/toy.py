@@ -14,7 +14,8 @@ from typing import Any
 
 from mia import models, settings
 
-SCHEDULER = {
+TOKENS = 32  # of the 77 positions that CLIP has; the example's captions are short, and attention costs by the token
+SCHEDULER: dict[str, Any] = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "skip_prk_steps": True,
     "set_alpha_to_one": False, "steps_offset": 1,
 }  # fmt: skip
@@ -48,7 +49,13 @@ def _renamed(clip: Any, layers: int) -> dict[str, Any]:
         "final_layer_norm.weight": source["ln_final.weight"],
         "final_layer_norm.bias": source["ln_final.bias"],
     }
-    names = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2", "attn.out_proj": "self_attn.out_proj"}
+    names = {
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+        "attn.out_proj": "self_attn.out_proj",
+    }
     for layer in range(layers):
         for kind in ("weight", "bias"):
             for theirs, ours in names.items():
@@ -66,14 +73,14 @@ def write_tokenizer(folder: pathlib.Path) -> None:
     from transformers import CLIPTokenizer
 
     packed = pathlib.Path(open_clip.tokenizer.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
-    merges = gzip.open(packed, "rt", encoding="utf-8").read().split("\n")[1 : 49152 - 256 - 2 + 1]
+    merges = gzip.decompress(packed.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
     alphabet = list(open_clip.tokenizer.bytes_to_unicode().values())
     words = alphabet + [c + "</w>" for c in alphabet] + ["".join(m.split()) for m in merges]
     vocabulary = {word: i for i, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
-    CLIPTokenizer.from_pretrained(folder, model_max_length=77).save_pretrained(folder)
+    CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS).save_pretrained(folder)
 
 
 def schedule() -> models.Schedule:
@@ -89,7 +96,7 @@ def _mark_unclipped(config: pathlib.Path) -> None:
 
 def write_pipeline(folder: pathlib.Path, clip: Any, vae_folder: pathlib.Path, unet: Any) -> None:
     """An ordinary diffusers folder: VAE, text encoder, tokenizer, scheduler and `unet`."""
-    from diffusers import PNDMScheduler
+    from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 
     clip_text_model(clip).save_pretrained(folder / "text_encoder", safe_serialization=True)
     write_tokenizer(folder / "tokenizer")

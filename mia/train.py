@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def new_unet(latent_channels: int, latent_side: int, text_width: int, options: TrainOptions, seed: int) -> Any:
-    """A UNet2DConditionModel of Stable Diffusion's shape with seeded random weights, cross-attention at its lowest level."""
+    """A UNet2DConditionModel shaped as Stable Diffusion's, seeded random weights; cross-attention at the last level."""
     import torch
 
     models.ensure_torchvision()
@@ -26,7 +26,7 @@ def new_unet(latent_channels: int, latent_side: int, text_width: int, options: T
     levels = len(options.block_out_channels)
     return UNet2DConditionModel(
         sample_size=latent_side, in_channels=latent_channels, out_channels=latent_channels, layers_per_block=1,
-        block_out_channels=options.block_out_channels, attention_head_dim=8, norm_num_groups=16,
+        block_out_channels=options.block_out_channels, attention_head_dim=2, norm_num_groups=16,
         cross_attention_dim=text_width,
         down_block_types=("DownBlock2D",) * (levels - 1) + ("CrossAttnDownBlock2D",),
         up_block_types=("CrossAttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
@@ -34,14 +34,20 @@ def new_unet(latent_channels: int, latent_side: int, text_width: int, options: T
 
 
 def train(
-    unet: Any, z0: Any, states: Any, schedule: models.Schedule, options: TrainOptions, seed: int, progress: Callable = iter
+    unet: Any,
+    z0: Any,
+    states: Any,
+    schedule: models.Schedule,
+    options: TrainOptions,
+    seed: int,
+    progress: Callable = iter,
 ) -> Iterator[tuple[int, Any]]:
     """Train `unet` in place and yield (step, unet) at each of `options.checkpoints`, step 0 being the untrained model.
 
     Args:
         z0: scaled latents, float32[n, channels, height, width].
-        states: text states, float32[n + 1, tokens, width]; the last is the empty prompt's, which replaces a caption with
-            probability `caption_dropout`.
+        states: text states, float32[n + 1, tokens, width]; the last is the empty prompt's, which replaces a caption
+            with probability `caption_dropout`.
 
     Raises:
         UserError: the loss is no longer finite.
@@ -63,7 +69,9 @@ def train(
         rows = next(order)
         t = torch.randint(len(root_a), (len(rows),), generator=generator)
         eps = torch.randn(z0[rows].shape, generator=generator)
-        caption = torch.where(torch.rand(len(rows), generator=generator) < options.caption_dropout, len(states) - 1, rows)
+        caption = torch.where(
+            torch.rand(len(rows), generator=generator) < options.caption_dropout, len(states) - 1, rows
+        )
         z = root_a[t, None, None, None] * z0[rows] + root_b[t, None, None, None] * eps
         loss = torch.nn.functional.mse_loss(unet(z, t, states[caption]).sample, eps)
         if not torch.isfinite(loss):

@@ -37,8 +37,9 @@ def target_with(**wanted: Any) -> str:
 
 
 MAIN, CONTROL = target_with(role="main"), target_with(role="negative_control", encoders_of=...)
+FIRST_PARTIAL = target_with(settings=...)
 PARTIAL = target_with(settings=..., attacks=...)  # not all settings and attacks are for it
-LEAST = min(set(GOOD["targets"][PARTIAL]["settings"]) - {1})
+LEAST = min(set(GOOD["targets"][FIRST_PARTIAL]["settings"]) - {1})
 
 
 def changed(*path: Any, to: Any) -> dict:
@@ -176,7 +177,8 @@ def test_every_option_of_the_example_has_a_place_in_data_flow_order():
         ),
         (
             changed("features", "settings", to=[1]),
-            f"config.yaml: targets.{PARTIAL}.settings: setting {LEAST} is not requested; add it to features.settings",
+            f"config.yaml: targets.{FIRST_PARTIAL}.settings: setting {LEAST} is not requested; "
+            "add it to features.settings",
         ),
         (
             changed("targets", CONTROL, "encoders_of", to=MAIN + "x"),

@@ -60,7 +60,7 @@ def rows_of(table: pa.Table, block: str) -> pl.DataFrame:
 def oracle(parts, encoded, number: int, sample: int, draw: int) -> dict[int, tuple[float, float, float]]:
     """The three losses at every timestep of one setting, one sample, one draw: plain loops, diffusers' own DDIM.
 
-    Networks are called on 16 copies: guidance of 100 would enlarge what kernels for a batch of one sum in another order.
+    Networks are called on 16 copies: guidance of 100 would enlarge what kernels for a batch of one sum differently.
     """
     import torch
     from diffusers import DDIMScheduler
@@ -72,12 +72,16 @@ def oracle(parts, encoded, number: int, sample: int, draw: int) -> dict[int, tup
     scheduler.alphas_cumprod = (1 - betas).cumprod(0)  # its own are float32: 1 - alpha_bar(1) is off by 4e-5 there
     scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
     scheduler.set_timesteps(1000 // s.step)
-    tokens = parts["tokenizer"]([CAPTIONS[sample], ""], padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    tokens = parts["tokenizer"](
+        [CAPTIONS[sample], ""], padding="max_length", max_length=32, truncation=True, return_tensors="pt"
+    )
     with torch.no_grad():
         text = parts["text"](tokens.input_ids)[0].half().float()
         row = found["sample_id"].to_pylist().index(IDS[sample])
         z0 = 0.7 * torch.tensor(found["mean"][row].as_py()).float().reshape(1, 4, 8, 8)
-        eps = torch.from_numpy(rng.stream(SEED, IDS[sample], draw, "forward").standard_normal((1, 4, 8, 8), dtype=np.float32))
+        eps = torch.from_numpy(
+            rng.stream(SEED, IDS[sample], draw, "forward").standard_normal((1, 4, 8, 8), dtype=np.float32)
+        )
         image = torch.from_numpy(pixels.centre_square(pixels.decode(data[IDS[sample]], 10**6), 32).copy()).float()
         acp = scheduler.alphas_cumprod
         out, z = {}, None
@@ -85,7 +89,10 @@ def oracle(parts, encoded, number: int, sample: int, draw: int) -> dict[int, tup
             level = s.start_noise_step if s.iterative else t
             if z is None or not s.iterative:
                 z = (acp[level].sqrt() * z0 + (1 - acp[level]).sqrt() * eps).float()
-            cond, null = (parts["unet"](z.expand(16, -1, -1, -1), t, c.expand(16, -1, -1)).sample[:1] for c in (text[:1], text[1:]))
+            cond, null = (
+                parts["unet"](z.expand(16, -1, -1, -1), t, c.expand(16, -1, -1)).sample[:1]
+                for c in (text[:1], text[1:])
+            )
             e = null + s.guidance_scale * (cond - null)
             prev = scheduler.step(e.double(), t, z.double(), eta=0.0).prev_sample.float()
             decoded = parts["vae"].decode((prev / 0.7).expand(16, -1, -1, -1)).sample[0]
@@ -242,4 +249,6 @@ def test_an_empty_shard_gives_an_empty_table(parts, encoded):
     for block in ("noised", "setting-15"):
         table = features.extract(engine_for(parts, (encoded[0].slice(0, 0), *encoded[1:]), []), block, [15, 16], 64)
         assert table.num_rows == 0
-        assert tables.check(pa.concat_tables([table, features.extract(engine_for(parts, encoded), block, [15, 16], 64)]), "features")
+        assert tables.check(
+            pa.concat_tables([table, features.extract(engine_for(parts, encoded), block, [15, 16], 64)]), "features"
+        )

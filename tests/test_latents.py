@@ -54,7 +54,7 @@ def test_one_text_row_for_each_caption_and_the_empty_prompt(run):
     found, texts = encode([0, 2, 3], 64)
     assert set(texts["caption_id"].to_pylist()) == {tables.caption_id(c) for c in ("a dog", "snow", "")}
     states, rows = latents.state_tensor(found, texts, 32)
-    assert states.shape == (4, 77, 32)
+    assert states.shape == (4, 32, 32)
     place = dict(zip(found["sample_id"].to_pylist(), rows, strict=True))
     assert place[IDS[0]] == place[IDS[2]] != place[IDS[3]]
     alone, empty_texts = encode([1], 64)  # a sample whose own caption is empty

@@ -51,7 +51,7 @@ def test_long_captions_are_truncated_and_counted(tiny_target):
 
     encoder = models.text_encoder(tiny_target, torch.device("cpu"), torch.float32)
     states, counts = models.text_states(models.tokenizer(tiny_target), encoder, ["dog " * 100], 4)
-    assert states.shape == (1, 77, 32)
+    assert states.shape == (1, 32, 32)
     assert counts[0] == 102
 
 

@@ -55,7 +55,8 @@ class World:
         self.write_embeddings()
         self.write_duplicates()
         self.datasets = {split: self.write_dataset(split) for split in ("unsanitized", "sanitized")}
-        for split, dataset in self.datasets.items():
+        self.put("attacked/sanitized.parquet", "dataset", self.datasets["sanitized"], SanitizeOptions(), "sanitize")
+        for split, dataset in (self.datasets | {"attacked": self.datasets["sanitized"]}).items():
             self.write_audit(split, dataset, 0.6 if split == "unsanitized" else 0.05)
         for name, about in targets.items():
             self.write_target(name, about)
@@ -300,7 +301,7 @@ def test_comparison_stands_beside_controls_and_blind(world: World, built: tuple[
     rows = {(row["attack"], row["metric"]): row for row in csv_rows(built[0], "comparison")}
     row = rows["reversed_noising", "auc"]
     assert float(row["control_untrained"]) == metric(world, "untrained", "reversed_noising", None)["value"]
-    blind = [r for r in csv_rows(built[0], "blind_audits") if r["split"] == "sanitized"]
+    blind = [r for r in csv_rows(built[0], "blind_audits") if r["split"] == "attacked"]
     assert row["blind"] in {r["auc"] for r in blind}
     bars = [float(row[f"{name}_high"]) for name in ("control_untrained", "control_neither", "blind")]
     assert (row["above"] == "true") == (float(row["main_low"]) > max(0.5, *bars))
@@ -386,11 +387,12 @@ def verdict_of(main: Ends, control: Ends | None, blind: Ends) -> verdicts.Verdic
     """The verdict on made-up intervals, the same for AUC and for TPR at 50 % FPR."""
 
     def target(name: str, role: str, ends: Ends) -> summary.Target:
-        return summary.Target(name, role, None, {}, metrics_of(summary.CHOSEN, ends), None)
+        metrics = pl.concat([metrics_of(attack, ends) for attack in (summary.CHOSEN, "random_forest")])
+        return summary.Target(name, role, None, {}, metrics, None)
 
     targets = {"m": target("m", "main", main)} | ({"c": target("c", "negative_control", control)} if control else {})
     made = {"evaluation": {"options": {"fpr_targets": [0.5], "confidence": 0.95}}}
-    given = {"targets": targets, "audits": {"sanitized": metrics_of("blind_caption", blind)}, "made": made}
+    given = {"targets": targets, "audits": {"attacked": metrics_of("blind_caption", blind)}, "made": made}
     absent = {f.name: None for f in dataclasses.fields(summary.Results) if f.name not in given}
     return verdicts.verdict(summary.Results(**absent, **given))
 
@@ -405,10 +407,17 @@ def metrics_of(attack: str, ends: Ends) -> pl.DataFrame:
 @pytest.mark.parametrize(
     "main, control, blind, level, said",
     [
-        (SIGNAL, CHANCE, LOW, "signal", "All 2 intervals of attacks on negative controls cover chance."),
+        (SIGNAL, CHANCE, LOW, "signal", "None of 2 intervals of attacks on negative controls leaves chance."),
         (CHANCE, CHANCE, LOW, "none", "not distinguishable from chance"),
         (ABOVE, (0.4, 0.55), (0.5, 0.65), "undecided", "but not above the blind caption baseline"),
-        (ABOVE, (0.52, 0.65), LOW, "undecided", "2 of 2 intervals of attacks on negative controls miss chance"),
+        (ABOVE, (0.52, 0.65), LOW, "undecided", "Of 2 intervals of attacks on negative controls 2 leave chance"),
+        (
+            SIGNAL,
+            (0.2, 0.3),
+            LOW,
+            "signal",
+            "1 leaves chance (luck alone lets one do so in about 5 % of models): c, random forest, AUC.",
+        ),
         (SIGNAL, None, LOW, "undecided", "No negative control was attacked"),
     ],
 )

@@ -187,7 +187,8 @@ def finished(
     rows: pa.Table, options: SanitizeOptions = SMALL, seed: int = 0, keep: np.ndarray | None = None
 ) -> list[dict]:
     keep = np.ones(len(rows), dtype=bool) if keep is None else keep
-    return tables.check(sanitize.finish(rows, keep, options, seed), "dataset").to_pylist()
+    dataset = sanitize.finish(rows.filter(pa.array(keep)), options, seed)
+    return tables.check(sanitize.to_attack(dataset, options, seed), "dataset").to_pylist()
 
 
 @pytest.mark.parametrize("fraction", [0.5, 0.2, 0.9])
@@ -302,7 +303,7 @@ def prepared(tmp_path, shards: int, each: int = 12) -> list[str]:
             tmp_path / f"i{number}", pa.Table.from_pylist(here, schema=tables.SCHEMAS["images"]), "images", made
         )
         words += ["--images", str(tmp_path / f"i{number}")]
-    for flag in ("output", "selection-output", "dropped-output", "report-output"):
+    for flag in ("output", "attacked-output", "selection-output", "dropped-output", "report-output"):
         words += [f"--{flag}", str(tmp_path / flag)]
     return words
 
@@ -314,13 +315,16 @@ def test_the_command_counts_every_row_once_and_tells_no_label(tmp_path):
     dropped = tables.read(tmp_path / "dropped-output", "dropped").to_pylist()
     counted = {(row["stage"], row["reason"], row["pool"]): row["rows"] for row in dropped}
     wanted = {line: 12 for line in FATES.values() if line}
-    wanted |= {("sanitize", "above max_per_side", pool): 2 for pool in ("member", "candidate")}
     assert counted == wanted
     assert len(dataset) + sum(counted.values()) == 12 * len(FATES)
     assert all(row["url"].startswith(("member ok", "candidate ok None")) for row in dataset.to_pylist())
     assert all(row["member"] == row["url"].startswith("member") for row in dataset.to_pylist())
+    attacked = tables.read(tmp_path / "attacked-output", "dataset")
+    assert set(map(str, attacked.to_pylist())) < set(map(str, dataset.to_pylist()))
+    sides = attacked["member"].to_pylist()
+    assert sides.count(True) == sides.count(False) == 10  # --max-per-side
     selection = tables.read(tmp_path / "selection-output", "selection")
-    assert selection.equals(dataset.select(["sample_id", "caption", "sha256"]))
+    assert selection.equals(attacked.select(["sample_id", "caption", "sha256"]))
     assert json.loads((tmp_path / "report-output").read_text()) == {"method": "none", "rounds": [], "keep_above": 0.5}
 
 

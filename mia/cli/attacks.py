@@ -45,7 +45,7 @@ def _plain(name: str) -> Any:
 
 
 def _one_target(paths: Any) -> dict:
-    """What the features share and their scores inherit: hashes of the model. Refuses two models, seeds or draw counts."""
+    """Hashes of the model that all the features share. Refuses features of two models, seeds or draw counts."""
     shared: dict[str, Any] = {}
     for path in paths:
         made = tables.provenance(path)
@@ -53,7 +53,9 @@ def _one_target(paths: Any) -> dict:
         facts |= {name: made.get("options", {}).get(name) for name in ("draws", "dtype", "timesteps")}
         for name, value in facts.items():
             if shared.setdefault(name, value) != value:
-                raise UserError(f"features differ in {name}: {shared[name]} and {value}", path, "give one target's features")
+                raise UserError(
+                    f"features differ in {name}: {shared[name]} and {value}", path, "give one target's features"
+                )
     return {name: shared[name] for name in ("unet", "encoders")}
 
 
@@ -86,8 +88,13 @@ def evaluate(
         scored = stage.flipped(scored)
     inputs = [*scores, *(path for path in (dataset, calibration) if path is not None)]
     made = common.made_by(
-        "evaluation", options, seed, inputs, lower_is_member=lower_is_member,
-        unet=tables.provenance(scores[0]).get("unet"), libraries=("scipy", "polars"),
+        "evaluation",
+        options,
+        seed,
+        inputs,
+        lower_is_member=lower_is_member,
+        unet=tables.provenance(scores[0]).get("unet"),
+        libraries=("scipy", "polars"),
     )
     tables.write(output, stage.evaluate(scored, options, seed), "metrics", made)
 

@@ -60,7 +60,9 @@ def _flag(field: dataclasses.Field, hint: Any) -> Callable:
     if typing.get_origin(hint) is tuple:
         kind = typing.get_args(hint)[0]
         text = ",".join(str(v) for v in field.default)  # type: ignore[union-attr]
-        return click.option(f"--{name}", field.name, default=text, callback=listed(kind), metavar=f"{kind.__name__},...")
+        return click.option(
+            f"--{name}", field.name, default=text, callback=listed(kind), metavar=f"{kind.__name__},..."
+        )
     return click.option(f"--{name}", field.name, type=hint, default=field.default)
 
 
@@ -78,7 +80,9 @@ def listed(kind: type) -> Callable:
 
 seed_option = click.option("--seed", type=int, default=0, help="Seed of all randomness.")
 device_option = click.option("--device", default="cpu", help="Torch device; never falls back in silence.")
-batch_option = click.option("--batch-size", type=click.IntRange(1), default=64, help="Rows per call; changes no result.")
+batch_option = click.option(
+    "--batch-size", type=click.IntRange(1), default=64, help="Rows per call; changes no result."
+)
 
 
 def made_by(stage: str, options: Any, seed: int | None, inputs: Iterable[object], **more: Any) -> dict[str, Any]:
@@ -92,7 +96,8 @@ def made_by(stage: str, options: Any, seed: int | None, inputs: Iterable[object]
         "config_hash": hashlib.sha256(text.encode()).hexdigest()[:16],
         "seed": seed,
         "inputs": sorted(tables.file_hash(path)[:16] for path in inputs),
-        "libraries": {"mia": mia.__version__} | tables.library_versions(("numpy", "pyarrow", *more.pop("libraries", ()))),
+        "libraries": {"mia": mia.__version__}
+        | tables.library_versions(("numpy", "pyarrow", *more.pop("libraries", ()))),
         **more,
     }
 
@@ -110,7 +115,11 @@ def image_bytes(paths: Iterable[object], ids: Iterable[str]) -> dict[str, bytes]
     found = dict(zip(table["sample_id"].to_pylist(), table["bytes"].to_pylist(), strict=True))
     absent = [i for i in wanted if i not in found]
     if absent:
-        raise UserError(f"{len(absent)} samples have no image, the first is {absent[0]}", "--images", "give the shards that hold them")
+        raise UserError(
+            f"{len(absent)} samples have no image, the first is {absent[0]}",
+            "--images",
+            "give the shards that hold them",
+        )
     return found
 
 

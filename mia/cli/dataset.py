@@ -18,14 +18,24 @@ from mia.errors import UserError
 
 
 @click.command()
-@click.option("--member", "members", type=PATH, multiple=True, required=True, help="Parquet with rows the target was trained on.")
-@click.option("--candidate", "candidates", type=PATH, multiple=True, required=True, help="Parquet with possible non-members.")
-@click.option("--control", "controls", type=PATH, multiple=True, help="Parquet with rows for the negative control's training.")
-@click.option("--column", "columns", multiple=True, metavar="OURS=THEIRS", help="How the sources name a column of ours.")
+@click.option(
+    "--member", "members", type=PATH, multiple=True, required=True, help="Parquet with rows the target was trained on."
+)
+@click.option(
+    "--candidate", "candidates", type=PATH, multiple=True, required=True, help="Parquet with possible non-members."
+)
+@click.option(
+    "--control", "controls", type=PATH, multiple=True, help="Parquet with rows for the negative control's training."
+)
+@click.option(
+    "--column", "columns", multiple=True, metavar="OURS=THEIRS", help="How the sources name a column of ours."
+)
 @one("--output", "The metadata table.")
 @one("--dropped-output", "Counts of rows dropped, by reason.")
 @stage_options("metadata")
-def metadata(members: Any, candidates: Any, controls: Any, columns: Any, output: Any, dropped_output: Any, options: Any) -> None:
+def metadata(
+    members: Any, candidates: Any, controls: Any, columns: Any, output: Any, dropped_output: Any, options: Any
+) -> None:
     """Bring sources into one metadata table and drop rows not worth a download."""
     from mia import metadata as stage
 
@@ -64,9 +74,8 @@ def write_dropped(path: Any, counts: list[tuple], made: dict, rows_in: int, rows
     total = sum(count for *_, count in counts)
     if rows_in != rows_out + total:
         raise AssertionError(f"{rows_in} rows in, {rows_out} out, {total} dropped")
-    columns = list(zip(*counts, strict=True)) or [[], [], [], []]
     schema = tables.SCHEMAS["dropped"]
-    table = pa.table({f.name: pa.array(c, f.type) for f, c in zip(schema, columns, strict=True)})
+    table = pa.Table.from_pylist([dict(zip(schema.names, count, strict=True)) for count in counts], schema=schema)
     tables.write(path, table, "dropped", made)
 
 
@@ -79,7 +88,9 @@ def write_dropped(path: Any, counts: list[tuple], made: dict, rows_in: int, rows
 @click.option("--timeout-s", type=float, default=30.0, help="Seconds for one download, in all.")
 @one("--output", "The images table of this shard.")
 @stage_options("images")
-def images(metadata: Any, shard: int, shards: int, root: Any, concurrency: int, timeout_s: float, output: Any, options: Any) -> None:
+def images(
+    metadata: Any, shard: int, shards: int, root: Any, concurrency: int, timeout_s: float, output: Any, options: Any
+) -> None:
     """Fetch the original bytes of a shard's images; every row ends with one status."""
     from mia import images as stage
 
@@ -88,7 +99,9 @@ def images(metadata: Any, shard: int, shards: int, root: Any, concurrency: int, 
     found = stage.fetch(rows, options, concurrency=concurrency, timeout_s=timeout_s, root=root)
     counts = pc.value_counts(found["status"]).to_pylist()
     click.echo(f"shard {shard}: " + ", ".join(f"{c['values']} {c['counts']}" for c in counts), err=True)
-    made = common.made_by("images", options, None, [metadata], shard=f"{shard}/{shards}", libraries=("pillow", "imagehash"))
+    made = common.made_by(
+        "images", options, None, [metadata], shard=f"{shard}/{shards}", libraries=("pillow", "imagehash")
+    )
     tables.write(output, found, "images", made)
 
 
@@ -137,7 +150,8 @@ def dedup(metadata: Any, images: Any, embeddings: Any, output: Any, options: Any
     hashes = _by_id(tables.read(images, "images", columns=("sample_id", "phash")), ids)
     samples = stage.Sample(
         np.array(ids, dtype=object), np.array(about["pool"].to_list(), dtype=object),
-        np.array(about["caption"].to_list(), dtype=object), tables.vectors(vectors["image"]), hashes["phash"].to_numpy(),
+        np.array(about["caption"].to_list(), dtype=object), tables.vectors(vectors["image"]),
+        hashes["phash"].to_numpy(),
     )  # fmt: skip
     made = common.made_by("dedup", options, None, [metadata, *images, *embeddings], libraries=("scikit-learn", "scipy"))
     tables.write(output, stage.deduplicate(samples, options), "duplicates", made)
@@ -161,13 +175,14 @@ def _by_id(table: pa.Table, ids: list[str]) -> pl.DataFrame:
 @common.batch_option
 @seed_option
 @one("--output", "The dataset table.")
-@one("--selection-output", "The same samples without any label, for stages that must not see one.")
+@one("--attacked-output", "The samples of it to attack, at most --max-per-side a side.")
+@one("--selection-output", "The samples to attack without any label, for stages that must not see one.")
 @one("--dropped-output", "Counts of rows dropped, by stage and reason.")
 @one("--report-output", "What each round did, as JSON.")
 @stage_options("sanitize")
 def sanitize(
     metadata: Any, images: Any, duplicates: Any, target: Any, batch_size: int, seed: int, output: Any,
-    selection_output: Any, dropped_output: Any, report_output: Any, options: Any,
+    attacked_output: Any, selection_output: Any, dropped_output: Any, report_output: Any, options: Any,
 ) -> None:  # fmt: skip
     """Keep the members that look like non-members, and cut the dataset into calibration and test."""
     from mia import sanitize as stage
@@ -176,23 +191,28 @@ def sanitize(
         raise UserError(f"unknown method '{options.method}'", "sanitize.method", f"use {list(stage.METHODS)}")
     rows, counts, rows_in = _pooled(metadata, images, duplicates)
     member = rows["member"].to_numpy(zero_copy_only=False)
-    keep, rounds, encoders = np.ones(len(member), dtype=bool), [], None
+    keep, encoders = np.ones(len(member), dtype=bool), None
+    rounds: list[dict] = []
     if options.method == "paper":
         if target is None:
             raise UserError("method 'paper' needs a text encoder", "--target", "give the target's manifest")
         states, encoders = _text_states(target, rows["caption"].to_pylist(), batch_size)
         keep, rounds = stage.keep_members(states, member, np.array(rows["group"].to_pylist()), options, seed)
-    dataset = stage.finish(rows, keep, options, seed)
-    kept_members = int(dataset["member"].to_numpy(zero_copy_only=False).sum())
+    dataset = stage.finish(rows.filter(pa.array(keep)), options, seed)
+    attacked = stage.to_attack(dataset, options, seed)
     counts.append(("sanitize", f"told apart by method {options.method}", "member", int((~keep).sum())))
-    over = {"member": int(keep[member].sum()) - kept_members, "candidate": int((~member).sum()) - (len(dataset) - kept_members)}
-    counts += [("sanitize", "above max_per_side", pool, count) for pool, count in over.items()]
     made = common.made_by(
-        "sanitize", options, seed, [metadata, *images, duplicates], encoders=encoders, libraries=("torch", "scikit-learn")
+        "sanitize",
+        options,
+        seed,
+        [metadata, *images, duplicates],
+        encoders=encoders,
+        libraries=("torch", "scikit-learn"),
     )
     common.write_json(report_output, {"method": options.method, "rounds": rounds, "keep_above": options.keep_above})
     write_dropped(dropped_output, [c for c in counts if c[3]], made, rows_in, len(dataset))
-    tables.write(selection_output, dataset.select(tables.SCHEMAS["selection"].names), "selection", made)
+    tables.write(selection_output, attacked.select(tables.SCHEMAS["selection"].names), "selection", made)
+    tables.write(attacked_output, attacked, "dataset", made)
     tables.write(output, dataset, "dataset", made)
 
 
@@ -206,7 +226,9 @@ def _pooled(metadata: Any, images: Any, duplicates: Any) -> tuple[pa.Table, list
     for flag, lost in (("--images", "status"), ("--duplicates", "group")):
         absent = rows.filter(pl.col(lost).is_null() & (pl.lit(lost == "status") | (pl.col("status") == "ok")))
         if len(absent):
-            raise UserError(f"{flag} lacks {len(absent)} samples", absent["sample_id"][0], "give every shard of one run")
+            raise UserError(
+                f"{flag} lacks {len(absent)} samples", absent["sample_id"][0], "give every shard of one run"
+            )
     why = (
         pl.when(pl.col("status") != "ok").then(pl.format("images: {}", "status"))
         .when(pl.col("pool") == "control").then(pl.lit("dedup: only trains a negative control"))
@@ -220,7 +242,11 @@ def _pooled(metadata: Any, images: Any, duplicates: Any) -> tuple[pa.Table, list
         if not (kept["pool"] == pool).any():
             raise UserError(f"no {pool} rows are left", "images and dedup", "see their tables for the reasons")
     columns = ["sample_id", "url", "caption", "sha256", "member", "group"]
-    return kept.select(columns).to_arrow().cast(_plain(pa.schema([tables.SCHEMAS["dataset"].field(c) for c in columns]))), counts, len(rows)
+    return (
+        kept.select(columns).to_arrow().cast(_plain(pa.schema([tables.SCHEMAS["dataset"].field(c) for c in columns]))),
+        counts,
+        len(rows),
+    )
 
 
 def _text_states(manifest: pathlib.Path, captions: list[str], batch_size: int) -> tuple[np.ndarray, str]:
@@ -275,7 +301,7 @@ def audit(dataset: Any, images: Any, embeddings: Any, seed: int, output: Any, op
         np.array(ids, dtype=object), rows["caption"].to_pylist(), rows["url"].to_pylist(),
         [data[i] for i in ids] if data else None, tables.vectors(vectors["image"]),
     )  # fmt: skip
-    labels = [np.array(rows[name].to_pylist()) for name in ("member", "group", "part")]
-    scores = stage.blind_scores(seen, *labels, options, seed)
+    member, group, part = (np.array(rows[name].to_pylist()) for name in ("member", "group", "part"))
+    scores = stage.blind_scores(seen, member, group, part, options, seed)
     made = common.made_by("audit", options, seed, [dataset, *images, *embeddings], libraries=("scikit-learn",))
     tables.write(output, scores, "scores", made)

@@ -32,7 +32,9 @@ def _hold(folder: pathlib.Path, about: dict, what: str, parts: tuple[str, ...]) 
 @one("--output", "The latents table of this shard.")
 @one("--texts-output", "Text states, once for each caption of this shard, and the empty prompt's.")
 @stage_options("latents")
-def latents(selection: Any, images: Any, target: Any, device: str, batch_size: int, output: Any, texts_output: Any, options: Any) -> None:
+def latents(
+    selection: Any, images: Any, target: Any, device: str, batch_size: int, output: Any, texts_output: Any, options: Any
+) -> None:
     """Encode a shard's images and captions once."""
     import torch
 
@@ -49,10 +51,12 @@ def latents(selection: Any, images: Any, target: Any, device: str, batch_size: i
     rows = rows.filter(pc.is_in(rows["sample_id"], here.combine_chunks()))
     data = common.image_bytes([images], rows["sample_id"].to_pylist())
     side = stage.side_px(models.part_config(folder, "unet")["sample_size"], autoencoder)
-    found, texts = stage.encode(rows, data, autoencoder, tokenize, text, side, batch_size, progress=common.progress("latents"))
+    found, texts = stage.encode(
+        rows, data, autoencoder, tokenize, text, side, batch_size, progress=common.progress("latents")
+    )
     made = common.made_by(
         "latents", options, None, [selection, images], encoders=about["encoders"], device=device, dtype="float32",
-        side_px=side, text_width=text.config.hidden_size,
+        side_px=side, text_width=models.part_config(folder, "text_encoder")["hidden_size"],
         truncated_captions=int((texts["n_tokens"].to_numpy() > tokenize.model_max_length).sum()),
         libraries=models.LIBRARIES,
     )  # fmt: skip
@@ -95,7 +99,8 @@ def features(
     if engine.counts != wanted:
         raise AssertionError(f"planned {wanted}, did {engine.counts}")
     made = common.made_by(
-        "features", options, seed, [latents, texts, images], unet=about["unet"], encoders=about["encoders"], block=block, device=device,
+        "features", options, seed, [latents, texts, images], unet=about["unet"], encoders=about["encoders"],
+        block=block, device=device,
         unet_rows=engine.counts.unet_rows, decodes=engine.counts.decodes, libraries=models.LIBRARIES,
     )  # fmt: skip
     tables.write(output, found, "features", made)
@@ -129,4 +134,3 @@ def _samples(latents: Any, texts: Any, images: Any, made_of: dict, autoencoder: 
         squares = encoding.squares(data, ids, made_of["side_px"])
         pixels = torch.from_numpy(squares).permute(0, 3, 1, 2).float()
     return stage.Samples(ids, z0, states, caption, pixels)
-

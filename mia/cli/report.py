@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pathlib
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ def report(results: pathlib.Path, targets: str, planted: str, output: pathlib.Pa
     """Write one self-contained page, its figures (SVG, PDF) and its tables (CSV)."""
     from mia import report as stage
 
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # tells of every glyph that goes into a PDF
     built = stage.build(_results(results, _targets(targets), planted))
     for name, kinds in built.figures.items():
         for kind, content in kinds.items():
@@ -78,17 +80,18 @@ def _results(folder: pathlib.Path, targets: dict[str, dict[str, Any]], planted: 
     from mia.summary import Results
 
     found = {name: _target(folder, name, about) for name, about in targets.items()}
-    datasets = {
-        s: _frame(folder / "dataset" / f"{s}.parquet", "dataset", ("sample_id", "member", "part")) for s in SPLITS
+    files = {s: folder / "dataset" / f"{s}.parquet" for s in SPLITS} | {
+        "attacked": folder / "attacked/sanitized.parquet"
     }
+    datasets = {s: _frame(path, "dataset", ("sample_id", "member", "part")) for s, path in files.items()}
     ids, vectors = _vectors(folder / "embeddings", pl.concat(datasets.values())["sample_id"].unique())
     near = ("sample_id", "pool", "nearest_id", "distance", "method", "reason")
     dropped = [_frame(folder / "dropped" / f"{name}.parquet", "dropped") for name in ("metadata", "sanitized")]
     return Results(
         name=folder.resolve().name, targets=found, datasets=datasets,
         rounds=_json(folder / "dataset" / "sanitized.json"),
-        audits={s: _frame(folder / "audit" / f"{s}.parquet", "metrics") for s in SPLITS},
-        blind_scores=_frame(folder / "audit" / "sanitized.scores.parquet", "scores"),
+        audits={s: _frame(folder / "audit" / f"{s}.parquet", "metrics") for s in files},
+        blind_scores=_frame(folder / "audit" / "attacked.scores.parquet", "scores"),
         distances={s: _frame(folder / "distance" / f"{s}.parquet", "distance") for s in SPLITS},
         vector_ids=ids, vectors=vectors, duplicates=_frame(folder / "duplicates.parquet", "duplicates", near),
         planted=_planted(planted, folder / "metadata.parquet"), dropped=pl.concat(dropped),
@@ -162,8 +165,10 @@ def _provenance(folder: pathlib.Path, main: str) -> dict[str, dict[str, Any]]:
     paths = {
         "metadata": folder / "metadata.parquet", "embeddings": min((folder / "embeddings").glob("*.parquet")),
         "dedup": folder / "duplicates.parquet", "sanitize": folder / "dataset" / "sanitized.parquet",
-        "distance": folder / "distance" / "sanitized.parquet", "audit": folder / "audit" / "sanitized.scores.parquet",
+        "distance": folder / "distance" / "sanitized.parquet", "audit": folder / "audit" / "attacked.scores.parquet",
         "features": min((folder / "features" / main).glob("*/*.parquet"), default=None),
         "scores": folder / "scores" / f"{main}.parquet", "evaluation": folder / "evaluation" / f"{main}.parquet",
     }  # fmt: skip
-    return {stage: tables.provenance(path) for stage, path in paths.items() if path is not None}
+    made = {stage: tables.provenance(path) for stage, path in paths.items() if path is not None}
+    made.get("features", {}).get("options", {}).pop("settings", None)  # this block's only; the scores tell of all
+    return made

@@ -48,7 +48,7 @@ def train(
         selection = pa.table({"sample_id": ids, "caption": captions})
         found, texts = latents.encode(
             selection, common.image_bytes(images, ids), autoencoder, models.tokenizer(work), text,
-            autoencoder.config.sample_size, 64,
+            models.part_config(vae.parent, vae.name)["sample_size"], 64,
         )  # fmt: skip
         z0 = latents.latent_tensor(found, autoencoder)
         states, caption = latents.state_tensor(found, texts, text.config.hidden_size)
@@ -77,7 +77,9 @@ def _training_set(metadata: Any, images: Any, duplicates: Any, options: Any) -> 
     if options.max_images:
         rows = rows.head(options.max_images)
     if rows.is_empty():
-        raise UserError(f"pool '{options.pool}' has no usable image to train on", metadata, "see the images table's status")
+        raise UserError(
+            f"pool '{options.pool}' has no usable image to train on", metadata, "see the images table's status"
+        )
     return rows["sample_id"].to_list(), rows["caption"].to_list()
 
 

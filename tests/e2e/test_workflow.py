@@ -40,7 +40,8 @@ def small() -> dict:
     config["targets"] = {
         "main": {"role": "main", "source": "results/small/models/trained_on_members/step-00003", "step": 3},
         "neither": {
-            "role": "negative_control", "source": "results/small/models/trained_on_neither/step-00003", "encoders_of": "main",
+            "role": "negative_control", "encoders_of": "main",
+            "source": "results/small/models/trained_on_neither/step-00003",
         },
     }  # fmt: skip
     return config
@@ -117,7 +118,9 @@ def test_raising_a_stages_version_reruns_it_and_all_after_it(done):
     module = done.folder / "mia" / "config.py"
     before = module.read_text()
     head, tail = before.split("class DedupOptions", 1)
-    module.write_text(head + "class DedupOptions" + tail.replace("version: ClassVar[int] = 1", "version: ClassVar[int] = 2", 1))
+    module.write_text(
+        head + "class DedupOptions" + tail.replace("version: ClassVar[int] = 1", "version: ClassVar[int] = 2", 1)
+    )
     try:
         assert set(done.reruns(small())) == AFTER_DEDUP
     finally:
@@ -160,7 +163,9 @@ def test_results_are_the_same_bytes_from_one_shard_and_from_three(done):
     config["name"] = "small"
     other = done.folder / "three"
     shutil.copytree(done.folder, other, ignore=shutil.ignore_patterns("results", ".snakemake", "three"))
-    run = Checkout.snakemake(type("At", (), {"folder": other})(), config, "--cores", "2", "results/small/scores/main.parquet")
+    run = Checkout.snakemake(
+        type("At", (), {"folder": other})(), config, "--cores", "2", "results/small/scores/main.parquet"
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     import pyarrow.parquet as pq
 

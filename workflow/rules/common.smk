@@ -12,6 +12,11 @@ try:
 except UserError as problem:
     sys.exit(f"error: {problem}")
 
+# glibc would give large buffers back to the kernel after every layer: a tenth of the time of the toy networks on CPU.
+shell.prefix(
+    "set -euo pipefail; export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824; "
+)
+
 RESULTS = f"results/{config['name']}"
 LOGS = f"{RESULTS}/logs"
 SEED = config["seed"]
@@ -21,6 +26,7 @@ CUDA = EXECUTION["device"].startswith("cuda")
 CPU_ENV = "../../envs/cpu.yaml"
 MODEL_ENV = "../../envs/gpu.yaml" if CUDA else CPU_ENV
 SPLIT = "sanitized"
+ATTACKED = f"{RESULTS}/attacked/{SPLIT}.parquet"
 MODELS = config.get("train", {}).get("models", {})
 TARGETS = config["targets"]
 MAIN = next(name for name, target in TARGETS.items() if target["role"] == "main")
@@ -29,7 +35,7 @@ COMPARED = [name for name, target in TARGETS.items() if target["role"] != "check
 
 wildcard_constraints:
     shard=r"\d+",
-    split="sanitized|unsanitized",
+    split="sanitized|unsanitized|attacked",
     model="|".join(MODELS) or "none",
     target="|".join(TARGETS),
     block=r"noised|setting-\d\d",
@@ -43,14 +49,32 @@ def all_shards(pattern):
     return [f"{RESULTS}/{pattern}".format(shard=shard) for shard in SHARDS]
 
 
+def audited(wildcards):
+    """The dataset behind `audit/<split>`: a whole split, or the samples under attack, for the blind baselines."""
+    return (
+        ATTACKED
+        if wildcards.split == "attacked"
+        else f"{RESULTS}/dataset/{wildcards.split}.parquet"
+    )
+
+
 def settings_of(target, block=None):
     """A target's settings; with `block`, only those that the block serves, so that adding another reruns nothing."""
     numbers = TARGETS[target].get("settings", config["features"]["settings"])
-    return [n for n in numbers if block is None or settings.block_of(settings.setting(n)) == block]
+    return [
+        n
+        for n in numbers
+        if block is None or settings.block_of(settings.setting(n)) == block
+    ]
 
 
 def blocks_of(target):
     return settings.blocks(settings_of(target))
+
+
+def options_of(stage, target, **more):
+    """A stage's flags for one target: what the target's own entry says goes before the stage's section."""
+    return flags(stage, config[stage] | TARGETS[target] | more)
 
 
 def encoders_of(target):

@@ -6,6 +6,15 @@ rule metadata:
     output:
         table=f"{RESULTS}/metadata.parquet",
         dropped=f"{RESULTS}/dropped/metadata.parquet",
+    log:
+        f"{LOGS}/metadata.log",
+    benchmark:
+        f"{LOGS}/metadata.tsv"
+    conda:
+        CPU_ENV
+    resources:
+        mem_mb=1000,
+        runtime=60,
     params:
         version=version("metadata"),
         options=flags("metadata", config["metadata"]),
@@ -14,16 +23,10 @@ rule metadata:
             for pool in ("member", "candidate", "control")
             for path in getattr(input, pool)
         ),
-        columns=" ".join(f"--column {ours}={theirs}" for ours, theirs in config["metadata"]["columns"].items()),
-    log:
-        f"{LOGS}/metadata.log",
-    benchmark:
-        f"{LOGS}/metadata.tsv"
-    resources:
-        mem_mb=1000,
-        runtime=60,
-    conda:
-        CPU_ENV
+        columns=" ".join(
+            f"--column {ours}={theirs}"
+            for ours, theirs in config["metadata"]["columns"].items()
+        ),
     shell:
         "python -m mia metadata {params.sources} {params.columns} {params.options}"
         " --output {output.table} --dropped-output {output.dropped} 2>&1 | tee {log}"
@@ -34,22 +37,22 @@ rule images:
         metadata=rules.metadata.output.table,
     output:
         f"{RESULTS}/images/{{shard}}.parquet",
-    params:
-        version=version("images"),
-        options=flags("images", config["images"]),
-        shards=config["shards"],
     log:
         f"{LOGS}/images/{{shard}}.log",
     benchmark:
         f"{LOGS}/images/{{shard}}.tsv"
     retries: 2
+    conda:
+        CPU_ENV
     resources:
         mem_mb=2000,
         runtime=720,
         concurrency=EXECUTION["concurrency"],
         timeout_s=EXECUTION["timeout_s"],
-    conda:
-        CPU_ENV
+    params:
+        version=version("images"),
+        options=flags("images", config["images"]),
+        shards=config["shards"],
     shell:
         "python -m mia images --metadata {input.metadata} --shard {wildcards.shard} --shards {params.shards} {params.options}"
         " --concurrency {resources.concurrency} --timeout-s {resources.timeout_s} --output {output} 2>&1 | tee {log}"
@@ -61,20 +64,20 @@ rule embeddings:
         images=rules.images.output,
     output:
         f"{RESULTS}/embeddings/{{shard}}.parquet",
-    params:
-        version=version("embeddings"),
-        options=flags("embeddings", config["embeddings"]),
     log:
         f"{LOGS}/embeddings/{{shard}}.log",
     benchmark:
         f"{LOGS}/embeddings/{{shard}}.tsv"
+    conda:
+        MODEL_ENV
     resources:
         mem_mb=4000,
         runtime=240,
         gpu=int(CUDA),
         batch_size=EXECUTION["batch_size"],
-    conda:
-        MODEL_ENV
+    params:
+        version=version("embeddings"),
+        options=flags("embeddings", config["embeddings"]),
     shell:
         "OMP_NUM_THREADS={threads} python -m mia embeddings --metadata {input.metadata} --images {input.images} {params.options}"
         f" --device {EXECUTION['device']}"
@@ -88,20 +91,24 @@ rule dedup:
         embeddings=all_shards("embeddings/{shard}.parquet"),
     output:
         f"{RESULTS}/duplicates.parquet",
-    params:
-        version=version("dedup"),
-        options=flags("dedup", config["dedup"]),
-        images=lambda wildcards, input: " ".join(f"--images {path}" for path in input.images),
-        embeddings=lambda wildcards, input: " ".join(f"--embeddings {path}" for path in input.embeddings),
     log:
         f"{LOGS}/dedup.log",
     benchmark:
         f"{LOGS}/dedup.tsv"
+    conda:
+        CPU_ENV
     resources:
         mem_mb=4000,
         runtime=240,
-    conda:
-        CPU_ENV
+    params:
+        version=version("dedup"),
+        options=flags("dedup", config["dedup"]),
+        images=lambda wildcards, input: " ".join(
+            f"--images {path}" for path in input.images
+        ),
+        embeddings=lambda wildcards, input: " ".join(
+            f"--embeddings {path}" for path in input.embeddings
+        ),
     shell:
         "python -m mia dedup --metadata {input.metadata} {params.images} {params.embeddings} {params.options}"
         " --output {output} 2>&1 | tee {log}"
@@ -115,31 +122,36 @@ rule sanitize:
         target=f"{RESULTS}/targets/{MAIN}.json",
     output:
         dataset=f"{RESULTS}/dataset/{{split}}.parquet",
-        selection=f"{RESULTS}/dataset/{{split}}.selection.parquet",
+        attacked=f"{RESULTS}/attacked/{{split}}.parquet",
+        selection=f"{RESULTS}/attacked/{{split}}.selection.parquet",
         dropped=f"{RESULTS}/dropped/{{split}}.parquet",
         report=f"{RESULTS}/dataset/{{split}}.json",
-    params:
-        version=version("sanitize"),
-        seed=SEED,
-        options=lambda wildcards: flags(
-            "sanitize", config["sanitize"] | ({} if wildcards.split == SPLIT else {"method": "none"})
-        ),
-        images=lambda wildcards, input: " ".join(f"--images {path}" for path in input.images),
     log:
         f"{LOGS}/sanitize/{{split}}.log",
     benchmark:
         f"{LOGS}/sanitize/{{split}}.tsv"
+    conda:
+        MODEL_ENV
     resources:
         mem_mb=4000,
         runtime=720,
         batch_size=EXECUTION["batch_size"],
-    conda:
-        MODEL_ENV
+    params:
+        version=version("sanitize"),
+        seed=SEED,
+        options=lambda wildcards: flags(
+            "sanitize",
+            config["sanitize"]
+            | ({} if wildcards.split == SPLIT else {"method": "none"}),
+        ),
+        images=lambda wildcards, input: " ".join(
+            f"--images {path}" for path in input.images
+        ),
     shell:
         "OMP_NUM_THREADS={threads} python -m mia sanitize --metadata {input.metadata} {params.images}"
         " --duplicates {input.duplicates} --target {input.target} {params.options} --seed {params.seed}"
-        " --batch-size {resources.batch_size} --output {output.dataset} --selection-output {output.selection}"
-        " --dropped-output {output.dropped} --report-output {output.report} 2>&1 | tee {log}"
+        " --batch-size {resources.batch_size} --output {output.dataset} --attacked-output {output.attacked}"
+        " --selection-output {output.selection} --dropped-output {output.dropped} --report-output {output.report} 2>&1 | tee {log}"
 
 
 rule distance:
@@ -148,18 +160,20 @@ rule distance:
         embeddings=all_shards("embeddings/{shard}.parquet"),
     output:
         f"{RESULTS}/distance/{{split}}.parquet",
-    params:
-        seed=SEED,
-        embeddings=lambda wildcards, input: " ".join(f"--embeddings {path}" for path in input.embeddings),
     log:
         f"{LOGS}/distance/{{split}}.log",
     benchmark:
         f"{LOGS}/distance/{{split}}.tsv"
+    conda:
+        CPU_ENV
     resources:
         mem_mb=4000,
         runtime=60,
-    conda:
-        CPU_ENV
+    params:
+        seed=SEED,
+        embeddings=lambda wildcards, input: " ".join(
+            f"--embeddings {path}" for path in input.embeddings
+        ),
     shell:
         "OMP_NUM_THREADS={threads} python -m mia distance --dataset {input.dataset} {params.embeddings} --seed {params.seed}"
         " --output {output} 2>&1 | tee {log}"
@@ -167,26 +181,30 @@ rule distance:
 
 rule audit:
     input:
-        dataset=rules.sanitize.output.dataset,
+        dataset=audited,
         images=all_shards("images/{shard}.parquet"),
         embeddings=all_shards("embeddings/{shard}.parquet"),
     output:
         f"{RESULTS}/audit/{{split}}.scores.parquet",
-    params:
-        version=version("audit"),
-        seed=SEED,
-        options=flags("audit", config["audit"]),
-        images=lambda wildcards, input: " ".join(f"--images {path}" for path in input.images),
-        embeddings=lambda wildcards, input: " ".join(f"--embeddings {path}" for path in input.embeddings),
     log:
         f"{LOGS}/audit/{{split}}.log",
     benchmark:
         f"{LOGS}/audit/{{split}}.tsv"
+    conda:
+        CPU_ENV
     resources:
         mem_mb=4000,
         runtime=240,
-    conda:
-        CPU_ENV
+    params:
+        version=version("audit"),
+        seed=SEED,
+        options=flags("audit", config["audit"]),
+        images=lambda wildcards, input: " ".join(
+            f"--images {path}" for path in input.images
+        ),
+        embeddings=lambda wildcards, input: " ".join(
+            f"--embeddings {path}" for path in input.embeddings
+        ),
     shell:
         "OMP_NUM_THREADS={threads} python -m mia audit --dataset {input.dataset} {params.images} {params.embeddings}"
         " {params.options} --seed {params.seed} --output {output} 2>&1 | tee {log}"

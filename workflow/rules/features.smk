@@ -1,24 +1,24 @@
 rule latents:
     input:
-        selection=f"{RESULTS}/dataset/{SPLIT}.selection.parquet",
+        selection=f"{RESULTS}/attacked/{SPLIT}.selection.parquet",
         images=rules.images.output,
         target=rules.target.output,
     output:
         latents=f"{RESULTS}/latents/{{target}}/{{shard}}.parquet",
         texts=f"{RESULTS}/latents/{{target}}/{{shard}}.texts.parquet",
-    params:
-        version=version("latents"),
     log:
         f"{LOGS}/latents/{{target}}/{{shard}}.log",
     benchmark:
         f"{LOGS}/latents/{{target}}/{{shard}}.tsv"
+    conda:
+        MODEL_ENV
     resources:
         mem_mb=4000,
         runtime=240,
         gpu=int(CUDA),
         batch_size=EXECUTION["batch_size"],
-    conda:
-        MODEL_ENV
+    params:
+        version=version("latents"),
     shell:
         "OMP_NUM_THREADS={threads} python -m mia latents --selection {input.selection} --images {input.images}"
         f" --target {{input.target}} --device {EXECUTION['device']}"
@@ -33,25 +33,26 @@ rule features:
         target=rules.target.output,
     output:
         f"{RESULTS}/features/{{target}}/{{block}}/{{shard}}.parquet",
-    params:
-        version=version("features"),
-        seed=SEED,
-        options=lambda wildcards: flags(
-            "features",
-            config["features"] | {"settings": settings_of(wildcards.target, wildcards.block)},
-        ),
     log:
         f"{LOGS}/features/{{target}}/{{block}}/{{shard}}.log",
     benchmark:
         f"{LOGS}/features/{{target}}/{{block}}/{{shard}}.tsv"
     retries: 1
+    conda:
+        MODEL_ENV
     resources:
         mem_mb=4000,
         runtime=1440,
         gpu=int(CUDA),
         batch_size=EXECUTION["batch_size"],
-    conda:
-        MODEL_ENV
+    params:
+        version=version("features"),
+        seed=SEED,
+        options=lambda wildcards: options_of(
+            "features",
+            wildcards.target,
+            settings=settings_of(wildcards.target, wildcards.block),
+        ),
     shell:
         "OMP_NUM_THREADS={threads} python -m mia features --latents {input.latents} --texts {input.texts}"
         " --images {input.images} --target {input.target} --block {wildcards.block} {params.options}"

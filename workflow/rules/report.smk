@@ -25,7 +25,8 @@ REPORT_TABLES = {
 }
 # What every caption in workflow/report says of the run; options that the configuration leaves out are filled in.
 CUT, RATES, NEAR, READ, BLIND = (
-    STAGES[stage](**config.get(stage, {})) for stage in ("sanitize", "evaluation", "dedup", "features", "audit")
+    STAGES[stage](**config.get(stage, {}))
+    for stage in ("sanitize", "evaluation", "dedup", "features", "audit")
 )
 SIDE = f"at most {CUT.max_per_side}" if CUT.max_per_side else "all remaining"
 REPORT_WORDS = {
@@ -36,7 +37,12 @@ REPORT_WORDS = {
     "all_fpr": " and ".join(f"{100 * rate:g} %" for rate in RATES.fpr_targets) + " FPR",
     "intervals": f"{100 * RATES.confidence:g} % intervals from {RATES.bootstrap} bootstrap resamples of whole groups",
     "draws": READ.draws,
-    "steps": ", ".join(f"{name} {target['step']}" for name, target in TARGETS.items() if "step" in target) or "none",
+    "steps": ", ".join(
+        f"{name} {target['step']}"
+        for name, target in TARGETS.items()
+        if "step" in target
+    )
+    or "none",
     "blind": ", ".join(BLIND.features),
     "sanitize": f"method {CUT.method}, a member stays above {CUT.keep_above}",
     "dedup": f"L2 distance below {NEAR.max_distance}, or at most {NEAR.max_hamming} of 64 hash bits",
@@ -50,26 +56,47 @@ rule report:
         evaluation=expand(f"{RESULTS}/evaluation/{{target}}.parquet", target=TARGETS),
         scores=expand(f"{RESULTS}/scores/{{target}}.parquet", target=COMPARED),
         targets=expand(f"{RESULTS}/targets/{{target}}.json", target=TARGETS),
-        features=expand(f"{RESULTS}/features/{MAIN}/{{block}}/{SHARDS[0]}.parquet", block=blocks_of(MAIN)),
-        dataset=expand(f"{RESULTS}/dataset/{{split}}.parquet", split=["sanitized", "unsanitized"]),
+        features=expand(
+            f"{RESULTS}/features/{MAIN}/{{block}}/{SHARDS[0]}.parquet",
+            block=blocks_of(MAIN),
+        ),
+        dataset=expand(
+            f"{RESULTS}/dataset/{{split}}.parquet", split=["sanitized", "unsanitized"]
+        ),
+        attacked=ATTACKED,
         rounds=f"{RESULTS}/dataset/{SPLIT}.json",
-        audit=expand(f"{RESULTS}/audit/{{split}}.parquet", split=["sanitized", "unsanitized"]),
-        blind_scores=f"{RESULTS}/audit/{SPLIT}.scores.parquet",
-        distance=expand(f"{RESULTS}/distance/{{split}}.parquet", split=["sanitized", "unsanitized"]),
+        audit=expand(
+            f"{RESULTS}/audit/{{split}}.parquet",
+            split=["sanitized", "unsanitized", "attacked"],
+        ),
+        blind_scores=f"{RESULTS}/audit/attacked.scores.parquet",
+        distance=expand(
+            f"{RESULTS}/distance/{{split}}.parquet", split=["sanitized", "unsanitized"]
+        ),
         embeddings=all_shards("embeddings/{shard}.parquet"),
         duplicates=rules.dedup.output,
         metadata=rules.metadata.output.table,
         dropped=[rules.metadata.output.dropped, f"{RESULTS}/dropped/{SPLIT}.parquet"],
         planted=config["report"]["planted"] or [],
     output:
-        html=report(f"{RESULTS}/report.html", caption="../report/report.rst", category="Report"),
+        html=report(
+            f"{RESULTS}/report.html", caption="../report/report.rst", category="Report"
+        ),
         figures=[
-            report(f"{RESULTS}/figures/{name}.svg", caption=f"../report/{name}.rst", category=category)
+            report(
+                f"{RESULTS}/figures/{name}.svg",
+                caption=f"../report/{name}.rst",
+                category=category,
+            )
             for name, category in REPORT_FIGURES.items()
         ],
         pdfs=expand(f"{RESULTS}/figures/{{name}}.pdf", name=REPORT_FIGURES),
         tables=[
-            report(f"{RESULTS}/tables/{name}.csv", caption=f"../report/{name}.rst", category=category)
+            report(
+                f"{RESULTS}/tables/{name}.csv",
+                caption=f"../report/{name}.rst",
+                category=category,
+            )
             for name, category in REPORT_TABLES.items()
         ],
     log:
@@ -85,7 +112,9 @@ rule report:
         version=REPORT_VERSION,
         results=lambda wildcards, output: pathlib.PurePath(output.html).parent,
         targets=json.dumps(TARGETS),
-        planted=lambda wildcards, input: f"--planted {input.planted}" if input.planted else "",
+        planted=lambda wildcards, input: (
+            f"--planted {input.planted}" if input.planted else ""
+        ),
         words=REPORT_WORDS,
     shell:
         "OMP_NUM_THREADS={threads} python -m mia report --results {params.results} --targets {params.targets:q}"

@@ -5,22 +5,24 @@ rule train:
         duplicates=rules.dedup.output,
     output:
         directory(f"{RESULTS}/models/{{model}}"),
-    params:
-        version=version("train"),
-        seed=SEED,
-        options=lambda wildcards: flags("train", MODELS[wildcards.model]),
-        images=lambda wildcards, input: " ".join(f"--images {path}" for path in input.images),
-        text_tower=config.get("train", {}).get("text_tower"),
-        vae=config.get("train", {}).get("vae"),
     log:
         f"{LOGS}/train/{{model}}.log",
     benchmark:
         f"{LOGS}/train/{{model}}.tsv"
+    conda:
+        CPU_ENV
     resources:
         mem_mb=3000,
         runtime=240,
-    conda:
-        CPU_ENV
+    params:
+        version=version("train"),
+        seed=SEED,
+        options=lambda wildcards: flags("train", MODELS[wildcards.model]),
+        images=lambda wildcards, input: " ".join(
+            f"--images {path}" for path in input.images
+        ),
+        text_tower=config.get("train", {}).get("text_tower"),
+        vae=config.get("train", {}).get("vae"),
     shell:
         "OMP_NUM_THREADS={threads} python -m mia train --metadata {input.metadata} {params.images}"
         " --duplicates {input.duplicates} --text-tower {params.text_tower} --vae {params.vae} {params.options}"
@@ -32,18 +34,18 @@ rule target:
         trained_folder,
     output:
         f"{RESULTS}/targets/{{target}}.json",
-    params:
-        source=lambda wildcards: TARGETS[wildcards.target]["source"],
-        revision=lambda wildcards: TARGETS[wildcards.target].get("revision", ""),
     log:
         f"{LOGS}/target/{{target}}.log",
     benchmark:
         f"{LOGS}/target/{{target}}.tsv"
     retries: 2
+    conda:
+        MODEL_ENV
     resources:
         mem_mb=2000,
         runtime=240,
-    conda:
-        MODEL_ENV
+    params:
+        source=lambda wildcards: TARGETS[wildcards.target]["source"],
+        revision=lambda wildcards: TARGETS[wildcards.target].get("revision", ""),
     shell:
         "python -m mia target --source {params.source:q} --revision={params.revision:q} --output {output} 2>&1 | tee {log}"
