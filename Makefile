@@ -3,7 +3,7 @@
 VENV := .venv
 READY := $(VENV)/.ready
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
-UV := UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(VENV)/bin/uv
+UV := UV_SYSTEM_CERTS=1 UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(VENV)/bin/uv
 BACKEND := $(if $(wildcard $(PIP_FIND_LINKS)/torch-*),,--torch-backend auto)
 CODE := mia tests benchmarks resources/example
 

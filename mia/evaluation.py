@@ -106,7 +106,8 @@ def evaluate(scored: Scored, options: EvaluationOptions, seed: int) -> pa.Table:
     timesteps), `holdout` (an attack's variant with the highest calibration TPR at the first FPR target, ties by AUC,
     reported on both parts), and attack `best on calibration`, the same choice made over all attacks. Intervals of
     `as_is` rows hold one at a time; those of `holdout` rows, which are read side by side, hold together over the
-    table's k attacks (Bonferroni: each at 1 - (1 - confidence) / k): one of many controls shall not miss chance by luck alone.
+    table's k attacks (Bonferroni: each at 1 - (1 - confidence) / k), so that one of many controls does not miss
+    chance by luck alone.
 
     Raises:
         UserError: options out of range, no sample in the test part, or a part with one side only.
