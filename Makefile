@@ -35,7 +35,8 @@ $(READY): requirements.lock pyproject.toml
 	$(UV) pip install --quiet --python $(VENV) --no-deps --editable .
 	touch $@
 
-lock:  ## after a change of pyproject.toml's dependencies
+lock:  ## after a change of pyproject.toml's dependencies; needs a CPU torch in PIP_FIND_LINKS, so that no CUDA package is locked
+	sed -i 's/^torch==.*/&+cpu/' requirements.lock
 	$(UV) pip compile --quiet --no-header --extra dev --python-version 3.11 pyproject.toml -o requirements.lock
 	sed -i 's/+cpu$$//' requirements.lock
 

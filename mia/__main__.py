@@ -15,7 +15,8 @@ def main() -> None:
     """Run a command; a failure ends in one line, `error: what, where, fix`, and exit code 2; 1 if the fault is ours."""
     from mia.cli import commands
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")  # libraries: warnings only
+    logging.getLogger("mia").setLevel(logging.INFO)
     try:
         sys.exit(commands.main(standalone_mode=False) or 0)
     except UserError as problem:

@@ -83,13 +83,11 @@ class SanitizeOptions:
 
 @dataclasses.dataclass(frozen=True)
 class AuditOptions:
-    """Which kinds of feature the blind classifiers see, and the gates that fail the run (1.0: no gate)."""
+    """Which kinds of feature the blind classifiers see, and the folds within calibration."""
 
     version: ClassVar[int] = 1
     features: tuple[str, ...] = ("caption", "image", "metadata")
     folds: int = 5
-    max_auc: float = 1.0
-    max_tpr: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -75,11 +75,11 @@ class Checkout:
 
     def reruns(self, config: dict) -> dict[str, int]:
         """Rule -> number of jobs that a run would start."""
-        run = self.snakemake(config, "-n", "--quiet", "progress")
+        run = self.snakemake(config, "-n")
         assert run.returncode == 0, run.stdout + run.stderr
         if "Nothing to be done" in run.stdout + run.stderr:
             return {}
-        stats = (run.stdout + run.stderr).split("Job stats:")[1].split("total")[0]
+        stats = (run.stdout + run.stderr).split("Job stats:")[-1].split("total")[0]
         return {rule: int(count) for rule, count in re.findall(r"^(\w+)\s+(\d+)$", stats, re.M)}
 
 
