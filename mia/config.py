@@ -49,11 +49,10 @@ class ImagesOptions:
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingsOptions:
-    """The open_clip model: a name with `pretrained` tag, `local-dir:FOLDER` or `hf-hub:NAME`."""
+    """The open_clip model: `local-dir:FOLDER` or `hf-hub:NAME`, with its weights in safetensors."""
 
     version: ClassVar[int] = 1
-    model: str = "ViT-L-14"
-    pretrained: str = ""
+    model: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

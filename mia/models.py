@@ -71,7 +71,7 @@ def locate(source: str, revision: str = "") -> pathlib.Path:
     """
     folder = pathlib.Path(source)
     if not folder.is_dir():
-        folder = _snapshot(source, revision)
+        folder = _snapshot(source, revision, [f"{part}/*.safetensors" for part in PARTS], "targets.*.source")
     missing = [part for part in PARTS if not (folder / part).is_dir()]
     if missing or not (folder / "model_index.json").is_file():
         raise UserError(
@@ -81,17 +81,18 @@ def locate(source: str, revision: str = "") -> pathlib.Path:
     return folder
 
 
-def _snapshot(source: str, revision: str) -> pathlib.Path:
+def _snapshot(source: str, revision: str, weights: list[str], where: str) -> pathlib.Path:
+    """The hub's files that are text or match `weights`: nothing pickled is even fetched."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        wanted = ["*.json", "*.txt", *(f"{part}/*.safetensors" for part in PARTS)]
+        wanted = ["*.json", "*.txt", *weights]
         return pathlib.Path(huggingface_hub.snapshot_download(source, revision=revision or None, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as problem:
         raise UserError(
             f"model '{source}' is neither a folder nor on the hub ({type(problem).__name__})",
-            "targets.*.source", "mend the name or the revision, or download it to a folder first",
+            where, "mend the name or the revision, or download it to a folder first",
         ) from problem  # fmt: skip
 
 
@@ -241,29 +242,32 @@ def torch_dtype(name: str) -> torch.dtype:
     ]
 
 
-def encoder(model: str, pretrained: str, on: torch.device) -> tuple[Any, Any, Any, str]:
+def encoder(model: str, on: torch.device) -> tuple[Any, Any, Any, str]:
     """An open_clip model in evaluation mode, its image preprocessing, its tokenizer, and the hash of its weights.
 
+    Args:
+        model: `local-dir:FOLDER` or `hf-hub:NAME`. open_clip's own tags are refused: their weights may be pickles.
+
     Raises:
-        UserError: no such model or folder.
+        UserError: no such model or folder, or no safetensors in it.
     """
     ensure_torchvision()
     import open_clip
 
-    if model.startswith("local-dir:"):
-        folder = pathlib.Path(model.removeprefix("local-dir:"))
-        if not (folder / "open_clip_config.json").is_file():
-            raise UserError("folder holds no open_clip model", folder, "it needs open_clip_config.json and safetensors")
-        model = f"local-dir:{folder.resolve()}"
-    try:
-        net, _, preprocess = open_clip.create_model_and_transforms(
-            model, pretrained=pretrained or None, precision="fp32"
-        )
-        tokenize = open_clip.get_tokenizer(model)
-    except (RuntimeError, OSError, ValueError) as problem:
+    kind, _, name = model.partition(":")
+    if kind not in ("local-dir", "hf-hub") or not name:
         raise UserError(
-            f"open_clip cannot make '{model}' ({problem})", "embeddings.model", "see open_clip.list_pretrained()"
-        ) from problem
+            f"encoder '{model}' is of no known kind", "embeddings.model", "use local-dir:FOLDER or hf-hub:NAME"
+        )
+    folder = pathlib.Path(name) if kind == "local-dir" else _snapshot(name, "", ["*.safetensors"], "embeddings.model")
+    if not (folder / "open_clip_config.json").is_file() or not list(folder.glob("*.safetensors")):
+        raise UserError("folder holds no open_clip model", folder, "it needs open_clip_config.json and safetensors")
+    source = f"local-dir:{folder.resolve()}"
+    try:
+        net, _, preprocess = open_clip.create_model_and_transforms(source, precision="fp32")
+        tokenize = open_clip.get_tokenizer(source)
+    except (RuntimeError, OSError, ValueError) as problem:
+        raise UserError(f"open_clip cannot load the encoder ({problem})", folder, "fetch it anew") from problem
     return net.eval().requires_grad_(False).to(on), preprocess, tokenize, state_hash(net)
 
 

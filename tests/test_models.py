@@ -10,6 +10,7 @@ import pytest
 
 from mia import models, settings, toy
 from mia.errors import UserError
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -149,3 +150,38 @@ def test_batches_cover_every_row_once_and_are_never_small():
 def test_the_toys_own_schedule_is_the_one_it_writes_down(tiny_target):
     assert np.array_equal(toy.schedule().alpha_bar, models.schedule(tiny_target).alpha_bar)
     assert toy.schedule().final == models.schedule(tiny_target).final
+
+
+@pytest.mark.parametrize("model", ["ViT-B-32", "ViT-L-14", "local-dir:", "file:x"])
+def test_encoders_whose_weights_might_be_pickles_are_refused(model):
+    import torch
+
+    with pytest.raises(UserError, match="no known kind.*local-dir:FOLDER or hf-hub:NAME"):
+        models.encoder(model, torch.device("cpu"))
+
+
+def test_an_encoder_folder_without_safetensors_is_refused(tmp_path):
+    import torch
+
+    shutil.copy(ROOT / "resources/example/encoders/clip/open_clip_config.json", tmp_path)
+    torch.save({}, tmp_path / "open_clip_pytorch_model.bin")
+    with pytest.raises(UserError, match="holds no open_clip model"):
+        models.encoder(f"local-dir:{tmp_path}", torch.device("cpu"))
+
+
+def test_the_examples_encoder_gives_its_golden_embedding():
+    """Unit length, and the cosine that the corpus's metadata states for its first member."""
+    import polars as pl
+    import torch
+
+    from mia import embeddings
+
+    row = pl.read_parquet(ROOT / "resources/example/members.parquet").row(0, named=True)
+    data = (ROOT / row["URL"].removeprefix("file:")).read_bytes()
+    net, preprocess, tokenize, _ = models.encoder(
+        f"local-dir:{ROOT}/resources/example/encoders/clip", torch.device("cpu")
+    )
+    table = embeddings.embed(["0" * 32], [data], [row["TEXT"]], net, preprocess, tokenize, 4)
+    image, text = (np.array(table[space][0].as_py(), dtype=np.float64) for space in ("image", "text"))
+    assert np.linalg.norm(image) == pytest.approx(1, abs=1e-3)
+    assert image @ text == pytest.approx(row["similarity"], abs=2e-3)

@@ -122,7 +122,7 @@ def embeddings(metadata: Any, images: Any, device: str, batch_size: int, output:
     ids = shown["sample_id"].to_pylist()
     rows = tables.read(metadata, "metadata", columns=("sample_id", "caption"))
     captions = dict(zip(rows["sample_id"].to_pylist(), rows["caption"].to_pylist(), strict=True))
-    model, preprocess, tokenizer, weights = models.encoder(options.model, options.pretrained, models.device(device))
+    model, preprocess, tokenizer, weights = models.encoder(options.model, models.device(device))
     found = stage.embed(
         ids, shown["bytes"].to_pylist(), [captions[i] for i in ids], model, preprocess, tokenizer, batch_size,
         common.progress("embeddings"),

@@ -38,7 +38,7 @@ def train(
 
     on, dtype = models.device("cpu"), torch.float32
     ids, captions = _training_set(metadata, images, duplicates, options)
-    clip, _, _, _ = models.encoder(text_tower, "", on)
+    clip, _, _, _ = models.encoder(text_tower, on)
     autoencoder = models.vae(vae.parent, on, dtype, vae.name)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     work = pathlib.Path(tempfile.mkdtemp(dir=output_dir.parent, prefix=f".{output_dir.name}."))
