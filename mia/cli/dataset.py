@@ -94,6 +94,8 @@ def images(
     """Fetch the original bytes of a shard's images; every row ends with one status."""
     from mia import images as stage
 
+    if not 0 <= shard < shards:
+        raise UserError(f"shard {shard} of {shards} does not exist", "--shard", f"give a number from 0 to {shards - 1}")
     rows = tables.read(metadata, "metadata")
     rows = rows.filter(pa.array(tables.shard_of(rows["sample_id"].to_pylist(), shards) == shard))
     found = stage.fetch(rows, options, concurrency=concurrency, timeout_s=timeout_s, root=root)

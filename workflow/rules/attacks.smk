@@ -18,9 +18,7 @@ rule scores:
         seed=SEED,
         settings=lambda wildcards: listed(settings_of(wildcards.target)),
         options=lambda wildcards: options_of("scores", wildcards.target),
-        features=lambda wildcards, input: " ".join(
-            f"--features {path}" for path in input.features
-        ),
+        features=lambda wildcards, input: repeated("--features", input.features),
     shell:
         "OMP_NUM_THREADS={threads} python -m mia scores {params.features} --dataset {input.dataset}"
         " --settings {params.settings} {params.options} --seed {params.seed} --output {output} 2>&1 | tee {log}"

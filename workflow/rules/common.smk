@@ -1,6 +1,7 @@
 """Constants, wildcard constraints and input functions; no rules."""
 
 import pathlib
+import shlex
 import sys
 
 from mia import settings
@@ -94,6 +95,11 @@ def features_of(wildcards):
         for block in blocks_of(wildcards.target)
         for shard in SHARDS
     ]
+
+
+def repeated(flag, values):
+    """The flag once for each value, quoted for the shell."""
+    return " ".join(f"{flag} {shlex.quote(str(value))}" for value in values)
 
 
 def listed(values):

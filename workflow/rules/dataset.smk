@@ -19,13 +19,15 @@ rule metadata:
         version=version("metadata"),
         options=flags("metadata", config["metadata"]),
         sources=lambda wildcards, input: " ".join(
-            f"--{pool} {path}"
+            repeated(f"--{pool}", getattr(input, pool))
             for pool in ("member", "candidate", "control")
-            for path in getattr(input, pool)
         ),
-        columns=" ".join(
-            f"--column {ours}={theirs}"
-            for ours, theirs in config["metadata"]["columns"].items()
+        columns=repeated(
+            "--column",
+            [
+                f"{ours}={theirs}"
+                for ours, theirs in config["metadata"]["columns"].items()
+            ],
         ),
     shell:
         "python -m mia metadata {params.sources} {params.columns} {params.options}"
@@ -103,12 +105,8 @@ rule dedup:
     params:
         version=version("dedup"),
         options=flags("dedup", config["dedup"]),
-        images=lambda wildcards, input: " ".join(
-            f"--images {path}" for path in input.images
-        ),
-        embeddings=lambda wildcards, input: " ".join(
-            f"--embeddings {path}" for path in input.embeddings
-        ),
+        images=lambda wildcards, input: repeated("--images", input.images),
+        embeddings=lambda wildcards, input: repeated("--embeddings", input.embeddings),
     shell:
         "python -m mia dedup --metadata {input.metadata} {params.images} {params.embeddings} {params.options}"
         " --output {output} 2>&1 | tee {log}"
@@ -144,9 +142,7 @@ rule sanitize:
             config["sanitize"]
             | ({} if wildcards.split == SPLIT else {"method": "none"}),
         ),
-        images=lambda wildcards, input: " ".join(
-            f"--images {path}" for path in input.images
-        ),
+        images=lambda wildcards, input: repeated("--images", input.images),
     shell:
         "OMP_NUM_THREADS={threads} python -m mia sanitize --metadata {input.metadata} {params.images}"
         " --duplicates {input.duplicates} --target {input.target} {params.options} --seed {params.seed}"
@@ -171,9 +167,7 @@ rule distance:
         runtime=60,
     params:
         seed=SEED,
-        embeddings=lambda wildcards, input: " ".join(
-            f"--embeddings {path}" for path in input.embeddings
-        ),
+        embeddings=lambda wildcards, input: repeated("--embeddings", input.embeddings),
     shell:
         "OMP_NUM_THREADS={threads} python -m mia distance --dataset {input.dataset} {params.embeddings} --seed {params.seed}"
         " --output {output} 2>&1 | tee {log}"
@@ -199,12 +193,8 @@ rule audit:
         version=version("audit"),
         seed=SEED,
         options=flags("audit", config["audit"]),
-        images=lambda wildcards, input: " ".join(
-            f"--images {path}" for path in input.images
-        ),
-        embeddings=lambda wildcards, input: " ".join(
-            f"--embeddings {path}" for path in input.embeddings
-        ),
+        images=lambda wildcards, input: repeated("--images", input.images),
+        embeddings=lambda wildcards, input: repeated("--embeddings", input.embeddings),
     shell:
         "OMP_NUM_THREADS={threads} python -m mia audit --dataset {input.dataset} {params.images} {params.embeddings}"
         " {params.options} --seed {params.seed} --output {output} 2>&1 | tee {log}"

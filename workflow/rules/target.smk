@@ -18,9 +18,7 @@ rule train:
         version=version("train"),
         seed=SEED,
         options=lambda wildcards: flags("train", MODELS[wildcards.model]),
-        images=lambda wildcards, input: " ".join(
-            f"--images {path}" for path in input.images
-        ),
+        images=lambda wildcards, input: repeated("--images", input.images),
         text_tower=config.get("train", {}).get("text_tower"),
         vae=config.get("train", {}).get("vae"),
     shell:
