@@ -25,6 +25,8 @@ lint: $(READY)
 
 bench: $(READY)  ## speed, as ratios against a naive twin in the same run
 	$(RUN) python -m benchmarks.features
+	$(RUN) python -m benchmarks.evaluation
+	$(RUN) python -m benchmarks.classifiers
 
 setup: $(READY)
 

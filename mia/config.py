@@ -39,7 +39,7 @@ class MetadataOptions:
 class ImagesOptions:
     """What may be fetched and what is taken for an image."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     allow_local_files: bool = False
     allow_private_hosts: tuple[str, ...] = ()
     max_bytes: int = 20_000_000
@@ -82,11 +82,16 @@ class SanitizeOptions:
 
 @dataclasses.dataclass(frozen=True)
 class AuditOptions:
-    """Which kinds of feature the blind classifiers see, and the folds within calibration."""
+    """Which kinds of feature the blind classifiers see, the folds within calibration, and how many features to name.
 
-    version: ClassVar[int] = 1
-    features: tuple[str, ...] = ("caption", "image", "metadata")
+    `sentence_model` is a folder with a transformers text encoder (safetensors); captions are embedded with it if given.
+    """
+
+    version: ClassVar[int] = 2
+    features: tuple[str, ...] = ("caption", "image", "metadata", "agreement")
     folds: int = 5
+    top_features: int = 20
+    sentence_model: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,23 +129,44 @@ class FeaturesOptions:
 
 @dataclasses.dataclass(frozen=True)
 class ScoresOptions:
-    """Attacks that turn stored features into scores, and the folds of those that need labels."""
+    """Attacks that turn stored features into scores; folds and grids of the classifiers among them.
 
-    version: ClassVar[int] = 1
+    `standardize` scales features for logistic regression and the neural net; the paper does not (arXiv 2306.12983).
+    """
+
+    version: ClassVar[int] = 2
     attacks: tuple[str, ...] = ("loss_threshold", "random_forest")
     folds: int = 5
-    trees: int = 1000
+    standardize: bool = True
+    trees: tuple[int, ...] = (10, 100, 1000)
     max_depths: tuple[int, ...] = (2, 8, 16)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationOptions:
-    """False-positive rates to report at, and the bootstrap behind the intervals."""
+    """False-positive rates to report at, what intervals and p-values rest on, and the sizes of the other protocols."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     fpr_targets: tuple[float, ...] = (0.01, 0.001)
     confidence: float = 0.95
     bootstrap: int = 2000
+    permutations: int = 1000
+    crossfit_folds: int = 5
+    paper_resamples: int = 100
+    paper_size: int = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class InferOptions:
+    """The one-sided test of a set, its power curve, and whether a verdict needs a guard against shift."""
+
+    version: ClassVar[int] = 1
+    method: str = "permutation"
+    level: float = 0.01
+    permutations: int = 9999
+    power_sizes: tuple[int, ...] = (10, 20, 50, 100, 200, 500, 1000)
+    power_draws: int = 200
+    guard: bool = True
 
 
 STAGES: dict[str, type] = {
@@ -156,6 +182,7 @@ STAGES: dict[str, type] = {
     "scores": ScoresOptions,
     "evaluation": EvaluationOptions,
 }
+COMMANDS = STAGES | {"infer": InferOptions}  # what stands alone has no section in config.yaml
 
 
 def load(path: object) -> dict[str, Any]:
@@ -230,10 +257,12 @@ def _nearest(name: object, known: Any) -> str:
 
 
 def _check_targets(config: dict[str, Any], where: str) -> None:
-    """Exactly one target is attacked; none needs a setting that `features.settings` lacks, or a target that is none."""
+    """Folds agree; one target is attacked; none needs a setting that `features` lacks, or a target that is none."""
     mains = [name for name, target in config["targets"].items() if target["role"] == "main"]
     if len(mains) != 1:
         raise _wrong(f"{where}: targets", f"{len(mains)} targets have role 'main'", "give exactly one that role")
+    if config["audit"]["folds"] != config["scores"]["folds"]:
+        raise _wrong(f"{where}: audit.folds", "differs from scores.folds", "blind and supervised attacks share folds")
     requested = set(config["features"]["settings"])
     for name, target in config["targets"].items():
         lender = target.get("encoders_of", name)

@@ -1,178 +1,395 @@
-"""How well each score tells members from non-members: chosen on calibration, reported on test, with intervals."""
+"""How well scores tell members from non-members, by three protocols side by side, and whether that is membership.
+
+`holdout` chooses on the calibration part and reports on the test part; it is the headline. `crossfit` does the same in
+folds over all samples. `paper` is the protocol of arXiv 2306.12983, which chooses on the very samples it reports on;
+its difference to `holdout` is the selection gain. `as_is` rows hold every column of scores, with nothing chosen.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 
-from mia import metrics, rng, tables
+from mia import metrics, resampling, rng, tables
 from mia.config import EvaluationOptions
 from mia.errors import UserError
+from mia.scored import Scored
 
-CHOSEN = "best on calibration"
+CHOSEN = "best_of_all"  # the attack's name in rows where the choice was made over all attacks
+PAPER_SEED = 123  # of the authors' subsamples
+CHANCE, SHIFT, SIGNAL = "chance", "explained by shift", "signal"
 
-
-@dataclasses.dataclass(frozen=True)
-class Scored:
-    """Scores beside truth: names (attack, variant) of k columns, float64[n, k], and arrays over the n samples."""
-
-    names: list[tuple[str, str]]
-    scores: np.ndarray
-    member: np.ndarray
-    group: np.ndarray
-    part: np.ndarray
+Row = dict[str, Any]
 
 
-def join(scores: pl.DataFrame, dataset: pl.DataFrame) -> Scored:
-    """Every attack's scores beside the labels, rows by sample id.
+def evaluate(
+    scored: Scored,
+    options: EvaluationOptions,
+    seed: int,
+    blind: Scored | None = None,
+    controls: Mapping[str, Scored] | None = None,
+) -> pa.Table:
+    """The metrics table, by every protocol; without a calibration part `as_is` alone.
+
+    Intervals of `as_is` rows hold one at a time; those of `holdout` and `crossfit`, which are read side by side, hold
+    together over the table's k attacks (Bonferroni: each at 1 - (1 - confidence) / k).
+
+    Args:
+        blind: the blind baselines' scores of the same samples.
+        controls: by name, the same attacks' scores of the same samples on models that trained on neither side.
 
     Raises:
-        UserError: an attack leaves out a sample, or scores one that the dataset does not hold.
+        UserError: options out of range, no sample in the test part, a part with one side only or with too few
+            non-members for the first FPR target, an attack that scores all samples alike, rivals without a
+            calibration part.
     """
-    names = scores.select("attack", "variant").unique().sort("attack", "variant").rows()
-    wide = scores.with_columns(pl.format("{}\x1f{}", "attack", "variant").alias("column"))
-    wide = wide.pivot("column", index="sample_id", values="score")
-    stray = wide.join(dataset, on="sample_id", how="anti")
-    if len(stray):
+    _check(scored, options)
+    if (blind or controls) and not (scored.part == "calibration").any():
         raise UserError(
-            f"{len(stray)} scored samples are not in the dataset", stray["sample_id"][0], "score this dataset"
+            "rivals without a calibration part", "--blind or --control", "a verdict is on a choice: give it"
         )
-    rows = dataset.sort("sample_id").join(wide, on="sample_id", how="left", maintain_order="left")
-    columns = ["\x1f".join(name) for name in names]
-    for column in columns:
-        absent = rows.filter(pl.col(column).is_null())
-        if len(absent):
-            attack = column.replace("\x1f", " ")
-            raise UserError(
-                f"{attack} has no score for {len(absent)} samples", absent["sample_id"][0], "score them all"
-            )
-    return Scored(
-        names,
-        rows.select(columns).to_numpy(),
-        rows["member"].to_numpy(),
-        rows["group"].to_numpy(),
-        rows["part"].to_numpy(),
-    )
+    run = _Run(scored, options, seed, blind, dict(controls or {}))
+    rows = list(run.as_is())
+    if "calibration" in run.at:
+        holdout = list(run.holdout())
+        rows += [*holdout, *run.crossfit(), *run.paper(holdout)]
+    schema = tables.SCHEMAS["metrics"]
+    return pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in rows], schema=schema)
 
 
-def from_wide(test: pl.DataFrame, calibration: pl.DataFrame | None) -> Scored:
-    """Scores from tables with `sample_id`, `member` and one float column for each score; attack = the column's name.
-
-    Raises:
-        UserError: a column missing, a label that is not bool, a score that is not a finite float, an id twice.
-    """
-    flags = {"calibration": "--calibration", "test": "--scores"}
-    parts = {"test": test} if calibration is None else {"calibration": calibration, "test": test}
-    columns = sorted({name for table in parts.values() for name in table.columns} - {"sample_id", "member"})
-    for part, table in parts.items():
-        for name in ("sample_id", "member", *columns):
-            if name not in table.columns:
-                raise UserError(f"{part} scores have no column '{name}'", flags[part], f"columns: {table.columns}")
-        if table["member"].dtype != pl.Boolean:
-            raise UserError(f"{part} column 'member' is {table['member'].dtype}", flags[part], "make it bool")
-        for name in ("sample_id", "member"):
-            if table[name].has_nulls():
-                raise UserError(f"{part} column '{name}' has empty values", flags[part], "fill them")
-        for name in columns:
-            kind = table[name].dtype
-            if not kind.is_float():
-                raise UserError(f"{part} column '{name}' is {kind}", flags[part], "make it float, or drop it")
-            if not table[name].is_finite().fill_null(False).all():
-                raise UserError(f"{part} column '{name}' holds NaN, infinity or nothing", flags[part], "drop the rows")
-    if not columns:
-        raise UserError("scores have no float column", "--scores", "give at least one column of scores")
-    casts: list[Any] = [pl.col("sample_id").cast(pl.String), "member", *(pl.col(c).cast(pl.Float64) for c in columns)]
-    rows = pl.concat([t.select(*casts, part=pl.lit(p)) for p, t in parts.items()])
-    twice = rows.filter(rows["sample_id"].is_duplicated())
-    if len(twice):
-        raise UserError(f"{len(twice)} rows share a sample_id", twice["sample_id"][0], "each sample once, in one part")
-    arrays = (rows["member"].to_numpy(), rows["sample_id"].to_numpy(), rows["part"].to_numpy())
-    return Scored([(name, "") for name in columns], rows.select(columns).to_numpy(), *arrays)
-
-
-def flipped(scored: Scored) -> Scored:
-    """The same scores with their sign changed: for losses, which are low for members. Thresholds change theirs too."""
-    return dataclasses.replace(scored, scores=-scored.scores)
-
-
-def evaluate(scored: Scored, options: EvaluationOptions, seed: int) -> pa.Table:
-    """The metrics table.
-
-    `method` says how a row's variant came to be: `as_is` (every variant, nothing chosen, on test: the curves over
-    timesteps), `holdout` (an attack's variant with the highest calibration TPR at the first FPR target, ties by AUC,
-    reported on both parts), and attack `best on calibration`, the same choice made over all attacks. Intervals of
-    `as_is` rows hold one at a time; those of `holdout` rows, which are read side by side, hold together over the
-    table's k attacks (Bonferroni: each at 1 - (1 - confidence) / k), so that one of many controls does not miss
-    chance by luck alone.
-
-    Raises:
-        UserError: options out of range, no sample in the test part, or a part with one side only.
-    """
-    _check(options)
-    rows = []
-    at = {
-        part: np.flatnonzero(scored.part == part)
-        for part in tables.PARTS
-        if part == "test" or (scored.part == part).any()
-    }
-    weights = {}
-    for part, mine in at.items():
-        if not scored.member[mine].any() or scored.member[mine].all():
-            raise UserError(
-                f"the {part} part holds one side only", "dataset", "bring members and non-members to both parts"
-            )
-        generator = rng.stream(seed, part, purpose="bootstrap")
-        weights[part] = metrics.group_weights(scored.group[mine], scored.member[mine], options.bootstrap, generator)
-
-    together = 1 - (1 - options.confidence) / len({attack for attack, _ in scored.names})
-
-    def measure(column: int, part: str, attack: str, variant: str, method: str) -> list[dict]:
-        mine, confidence = at[part], options.confidence if method == "as_is" else together
-        found = metrics.measured(
-            scored.scores[mine, column], scored.member[mine], weights[part], options.fpr_targets, confidence
-        )
-        return [row | {"attack": attack, "variant": variant, "part": part, "method": method} for row in found]
-
-    for column, (attack, variant) in enumerate(scored.names):
-        rows += measure(column, "test", attack, variant, "as_is")
-    for attack, column in choices(scored, at["calibration"], options).items() if "calibration" in at else ():
-        name, variant = scored.names[column]
-        for part in at:
-            rows += measure(
-                column, part, attack, f"{name} {variant}".strip() if attack == CHOSEN else variant, "holdout"
-            )
-    names = tables.SCHEMAS["metrics"].names
-    return pa.Table.from_pylist([{n: row.get(n) for n in names} for row in rows], schema=tables.SCHEMAS["metrics"])
-
-
-def _check(options: EvaluationOptions) -> None:
-    """Hold options that came as flags to what the schema says of those in `config.yaml`."""
-    if not options.fpr_targets or not all(0 < target <= 1 for target in options.fpr_targets):
-        raise UserError(
-            f"fpr_targets are {options.fpr_targets}", "evaluation.fpr_targets", "give rates above 0, at most 1"
-        )
+def _check(scored: Scored, options: EvaluationOptions) -> None:
+    """Hold options that came as flags to what the schema says of those in `config.yaml`, and the scores to both."""
+    targets = options.fpr_targets
+    if not targets or not all(0 < target <= 1 for target in targets):
+        raise UserError(f"fpr_targets are {targets}", "evaluation.fpr_targets", "give rates above 0, at most 1")
     if not 0 < options.confidence < 1:
         raise UserError(f"confidence is {options.confidence}", "evaluation.confidence", "give a number between 0 and 1")
-    if options.bootstrap < 100:
-        raise UserError(f"bootstrap is {options.bootstrap}", "evaluation.bootstrap", "give 100 resamples or more")
+    for name, least in (("bootstrap", 100), ("permutations", 100), ("paper_resamples", 1), ("paper_size", 1)):
+        value = getattr(options, name)
+        if value < least:
+            raise UserError(f"{name} is {value}", f"evaluation.{name}", f"give {least} or more")
+    for part in dict.fromkeys(("test", *scored.part)):
+        member = scored.member[scored.part == part]
+        if not member.any() or member.all():
+            raise UserError(f"the {part} part holds one side only", "dataset", "bring members and non-members to it")
+        note = _too_few(targets[0], int((~member).sum()))
+        if note:
+            raise UserError(f"the {part} part's {note}", "evaluation.fpr_targets", "bring more, or raise --fpr")
+    for named, score in zip(scored.names, scored.scores.T, strict=True):
+        if np.ptp(score) == 0 and not named[0].startswith("blind_"):  # a blind one may be: nothing leaks
+            raise UserError(f"{' '.join(named).strip()} is {score[0]} for every sample", "scores", "mend or drop it")
 
 
-def choices(scored: Scored, calibration: np.ndarray, options: EvaluationOptions) -> dict[str, int]:
-    """For each attack, and for all of them but the blind ones together, the column that is best on calibration."""
-    member = scored.member[calibration]
+def _too_few(target: float, nonmembers: int) -> str:
+    """Why there is no TPR at this target, or nothing."""
+    if metrics.allowed(target, nonmembers) >= 1:
+        return ""
+    needed = int(np.ceil(1 / target - 1e-9))
+    return f"{nonmembers} non-members allow no false positive at {target:g}; {needed} are needed"
 
-    def merit(column: int) -> tuple[float, float]:
-        score = scored.scores[calibration, column]
-        return metrics.tpr_at_fpr(score, member, options.fpr_targets[0]).tpr, metrics.auc(score, member)
 
+class _Run:
+    """One evaluation: what its protocols share. Scores of rivals stand beside the attacks' in `test`'s resamples."""
+
+    def __init__(
+        self, scored: Scored, options: EvaluationOptions, seed: int, blind: Scored | None, controls: dict[str, Scored]
+    ) -> None:
+        self.scored, self.options, self.seed = scored, options, seed
+        self.blind, self.controls = blind, controls
+        self.at = {p: np.flatnonzero(scored.part == p) for p in tables.PARTS if p == "test" or (scored.part == p).any()}
+        attacks = {attack for attack, _ in scored.names}
+        self.together = 1 - (1 - options.confidence) / len(attacks)
+        test = self.at["test"]
+        self.member, self.group = scored.member[test], scored.group[test]
+        self.scores = np.concatenate([s.scores[test] for s in self._all()], axis=1)
+        self.resamples = self._bootstrap(self.scores, test, "test")
+        generator = rng.stream(seed, "test", purpose="permutation")
+        own = self.scores[:, : len(scored.names)]
+        targets = options.fpr_targets
+        self.permuted = resampling.permutation(own, self.member, self.group, targets, options.permutations, generator)
+        self.observed = np.array([_values(own[:, c], self.member, targets) for c in range(own.shape[1])])
+
+    def _all(self) -> list[Scored]:
+        return [self.scored, *([] if self.blind is None else [self.blind]), *self.controls.values()]
+
+    def _bootstrap(self, scores: np.ndarray, rows: np.ndarray, part: str) -> np.ndarray:
+        generator = rng.stream(self.seed, part, purpose="bootstrap")
+        member, group = self.scored.member[rows], self.scored.group[rows]
+        options = self.options
+        return resampling.bootstrap(scores, member, group, options.fpr_targets, options.bootstrap, generator)
+
+    # Protocols
+
+    def as_is(self) -> Iterator[Row]:
+        """Every column on the test part, nothing chosen."""
+        p = self._p_values(range(len(self.scored.names)))
+        for column, (attack, variant) in enumerate(self.scored.names):
+            score = self.scores[:, column]
+            named = {"attack": attack, "variant": variant, "part": "test", "method": "as_is"}
+            found = measured(score, self.member, self.resamples[:, column], self.options, self.options.confidence)
+            yield from _with(found, named, p[column])
+            yield self._optimistic(score) | named
+
+    def _optimistic(self, score: np.ndarray) -> Row:
+        threshold = metrics.best_threshold(score, self.member)
+        value = metrics.balanced_accuracy(score, self.member, threshold)
+        note = "threshold chosen on the same samples: optimistic, without interval"
+        return _row(self.member, "balanced_accuracy", value, threshold=_finite(threshold), note=note)
+
+    def holdout(self) -> Iterator[Row]:
+        """Each attack's variant chosen on calibration, and the choice over all attacks, reported on both parts."""
+        rows = self.at["calibration"]
+        chosen = choices(self.scored, rows, self.options)
+        columns = list(chosen.values())
+        resamples = self._bootstrap(self.scored.scores[rows][:, columns], rows, "calibration")
+        p = self._p_values(columns)
+        member = self.scored.member[rows]
+        for place, (attack, column) in enumerate(chosen.items()):
+            score = self.scored.scores[rows, column]
+            named = {"attack": attack, "variant": self._variant(attack, column), "method": "holdout"}
+            found = measured(score, member, resamples[:, place], self.options, self.together)
+            yield from _with(found, named | {"part": "calibration"})
+            found = measured(
+                self.scores[:, column], self.member, self.resamples[:, column], self.options, self.together
+            )
+            found = [self._judged(row | more, column) for row, more in zip(found, p[place], strict=True)]
+            yield from _with([*found, *self._frozen(column, score, member)], named | {"part": "test"})
+
+    def _frozen(self, column: int, score: np.ndarray, member: np.ndarray) -> Iterator[Row]:
+        """On test, what the thresholds chosen on calibration reach: TPR and FPR with exact intervals, and accuracy."""
+        mine = self.scores[:, column]
+        for target in self.options.fpr_targets:
+            if _too_few(target, int((~member).sum())):
+                continue
+            threshold = metrics.tpr_at_fpr(score, member, target).threshold
+            for metric, side in (("tpr_at_threshold", self.member), ("fpr_at_threshold", ~self.member)):
+                hits, n = int((mine[side] >= threshold).sum()), int(side.sum())
+                low, high = metrics.exact_interval(hits, n, self.together)
+                yield _row(self.member, metric, hits / n, low, high, fpr_target=target, threshold=_finite(threshold))
+        threshold = metrics.best_threshold(score, member)
+        # Balanced accuracy is the AUC of the yes or no that the threshold makes of a score.
+        value, variance = resampling.delong((mine >= threshold).astype(float)[:, None], self.member, self.group)
+        low, high = _normal(value[0], variance[0, 0], self.together)
+        yield _row(self.member, "balanced_accuracy", value[0], low, high, threshold=_finite(threshold))
+
+    def crossfit(self) -> Iterator[Row]:
+        """As holdout, in folds over all samples: a variant is chosen on the others and read on the fold.
+
+        Where folds choose different variants, each is put on one scale first, by the median and quartiles that
+        non-members have in the training folds.
+        """
+        rows = np.arange(len(self.scored.member))
+        found = crossfitted(self.scored, self.options, self.seed)
+        resamples = self._bootstrap(np.stack([score for score, _ in found.values()], axis=1), rows, "all")
+        for place, (attack, (score, variant)) in enumerate(found.items()):
+            named = {"attack": attack, "variant": variant, "part": "all", "method": "crossfit"}
+            yield from _with(
+                measured(score, self.scored.member, resamples[:, place], self.options, self.together), named
+            )
+
+    def paper(self, holdout: list[Row]) -> Iterator[Row]:
+        """The best variant on the test part itself, mean over subsamples; and by how much that is above holdout."""
+        targets = self.options.fpr_targets
+        size = min(self.options.paper_size, int(self.member.sum()), int((~self.member).sum()))
+        own = self.scores[:, : len(self.scored.names)]
+        found = resampling.subsampled(own, self.member, targets, self.options.paper_resamples, size, PAPER_SEED)
+        means = np.rint(found * size).sum(0) / (size * len(found))  # of whole numbers, so that no gain is of rounding
+        spreads = found.std(0)
+        honest = {
+            (row["attack"], row["fpr_target"]): row.get("value")
+            for row in holdout
+            if row["part"] == "test" and row["metric"] == "tpr"
+        }
+        for attack, columns in _by_attack(self.scored.names).items():
+            for place, target in enumerate(targets):
+                named = {"attack": attack, "part": "test", "method": "paper", "fpr_target": target}
+                few = _too_few(target, size)
+                if few:
+                    yield _row(self.member, "tpr", note=few) | named | {"variant": ""}
+                    continue
+                best = columns[int(np.argmax(means[columns, place]))]
+                alone = self._p_max(columns, place + 1)
+                note = f"chosen on the test part; mean of {len(found)} subsamples of {size} + {size}, std no interval"
+                named["variant"] = self._variant(attack, best)
+                yield _row(self.member, "tpr", means[best, place], std=spreads[best, place], note=note) | named | alone
+                gain = means[best, place] - honest[attack, target]
+                yield _row(self.member, "selection_gain", gain, note="paper minus holdout") | named
+
+    # What rows are made of
+
+    def _variant(self, attack: str, column: int) -> str:
+        name, variant = self.scored.names[column]
+        return f"{name} {variant}".strip() if attack == CHOSEN else variant
+
+    def _p_values(self, columns: Any) -> list[list[Row]]:
+        """For each of these columns and each metric, its p-value alone and adjusted for all of these columns."""
+        columns = list(columns)
+        out: list[list[Row]] = [[] for _ in columns]
+        for place in range(self.observed.shape[1]):
+            both = resampling.p_values(self.observed[columns, place], self.permuted[:, columns, place])
+            for row, alone, adjusted in zip(out, *both, strict=True):
+                row.append({"p_value": float(alone), "p_adjusted": float(adjusted)})
+        return out
+
+    def _p_max(self, columns: list[int], place: int) -> Row:
+        """The p-value of the best of an attack's variants, and of that within the best of all attacks."""
+        best = self.observed[columns, place].max()
+        within, over = (
+            resampling.p_values(np.array([best]), self.permuted[:, which, place].max(1)[:, None])[0][0]
+            for which in (columns, slice(None))
+        )
+        return {"p_value": float(within), "p_adjusted": float(over)}
+
+    def _judged(self, row: Row, column: int) -> Row:
+        """A test row with its verdict, and the p-value of beating every blind baseline and negative control."""
+        if row.get("value") is None or not (self.blind or self.controls):
+            return row
+        rivals = self._rivals(column)
+        row = row | {"p_shift": max((self._p_over(row, column, rival) for rival, _ in rivals), default=None)}
+        alpha = 1 - self.options.confidence
+        if row["p_adjusted"] > alpha:
+            return row | {"verdict": CHANCE}
+        kinds = {kind for _, kind in rivals}
+        if row["p_shift"] is not None and row["p_shift"] > alpha:
+            return row | {"verdict": SHIFT}
+        absent = {"blind": "blind baseline", "control": "negative control"}
+        lacks = " and no ".join(words for kind, words in absent.items() if kind not in kinds)
+        return row | ({"note": f"no verdict: no {lacks} beside it"} if lacks else {"verdict": SIGNAL})
+
+    def _rivals(self, column: int) -> list[tuple[int, str]]:
+        """Columns of `self.scores` to beat: each blind attack's choice on calibration, each control's same column."""
+        found, start = [], len(self.scored.names)
+        if self.blind is not None:
+            found += [(start + c, "blind") for c in choices(self.blind, self.at["calibration"], self.options).values()]
+            start += len(self.blind.names)
+        for control in self.controls.values():
+            name = self.scored.names[column]
+            found += [(start + control.names.index(name), "control")] if name in control.names else []
+            start += len(control.names)
+        return found
+
+    def _p_over(self, row: Row, column: int, rival: int) -> float:
+        if row["metric"] == "auc":
+            one, other = self.scores[:, column], self.scores[:, rival]
+            return resampling.paired_auc(one, other, self.member, self.group)[1]
+        place = 1 + self.options.fpr_targets.index(row["fpr_target"])
+        return resampling.paired(self.resamples[:, column, place], self.resamples[:, rival, place])
+
+
+def choices(scored: Scored, rows: np.ndarray, options: EvaluationOptions) -> dict[str, int]:
+    """For each attack, and for all of them but the blind ones together, the column that is best on these rows.
+
+    Best is the highest TPR at the first FPR target, ties by AUC, then the first by name.
+    """
     best: dict[str, int] = {}
-    merits = [merit(column) for column in range(len(scored.names))]
+    merits = [_merit(scored.scores[rows, c], scored.member[rows], options) for c in range(len(scored.names))]
     for column, (attack, _) in enumerate(scored.names):
         for name in (attack,) if attack.startswith("blind_") else (attack, CHOSEN):
             if name not in best or merits[column] > merits[best[name]]:
                 best[name] = column
     return best
+
+
+def _merit(score: np.ndarray, member: np.ndarray, options: EvaluationOptions) -> tuple[float, float]:
+    return metrics.tpr_at_fpr(score, member, options.fpr_targets[0]).tpr, metrics.auc(score, member)
+
+
+def crossfitted(scored: Scored, options: EvaluationOptions, seed: int) -> dict[str, tuple[np.ndarray, str]]:
+    """For each attack, and over all, float64[n] scores whose variant was chosen without them, and which these were."""
+    folds = rng.folds(options.crossfit_folds, scored.member, scored.group, seed, "evaluation.crossfit_folds")
+    picked = [choices(scored, train, options) for train, _ in folds]
+    out = {}
+    for attack in picked[0]:
+        columns = [choice[attack] for choice in picked]
+        score = np.empty(len(scored.member))
+        for column, (train, test) in zip(columns, folds, strict=True):
+            values = scored.scores[:, column]
+            low, middle, high = np.quantile(values[train][~scored.member[train]], [0.25, 0.5, 0.75])
+            scale = (middle, (high - low) or 1.0) if len(set(columns)) > 1 else (0.0, 1.0)
+            score[test] = (values[test] - scale[0]) / scale[1]
+        out[attack] = score, _tally([scored.names[column] for column in columns], attack == CHOSEN)
+    return out
+
+
+def _tally(names: list[tuple[str, str]], whole: bool) -> str:
+    counts = Counter(" ".join(name).strip() if whole else name[1] for name in names)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
+
+
+def _by_attack(names: list[tuple[str, str]]) -> dict[str, list[int]]:
+    """Columns of each attack, and of all that are not blind."""
+    found: dict[str, list[int]] = {}
+    for column, (attack, _) in enumerate(names):
+        for name in (attack,) if attack.startswith("blind_") else (attack, CHOSEN):
+            found.setdefault(name, []).append(column)
+    return found
+
+
+def measured(
+    score: np.ndarray, member: np.ndarray, resamples: np.ndarray, options: EvaluationOptions, confidence: float
+) -> list[Row]:
+    """Rows of a metrics table, without names: exact AUC, and TPR at each FPR target, with intervals.
+
+    Intervals are the bootstrap's, `resamples` float64[bootstrap, 1 + targets]; for a TPR, at least as wide as the exact
+    binomial one of its hits, since a bootstrap of no hit at all knows no doubt. A target that allows not even one false
+    positive gets no value but a note why.
+    """
+    n, m = int(member.sum()), int((~member).sum())
+    low, high = metrics.interval(resamples, confidence)
+    rows = [_row(member, "auc", metrics.auc(score, member), low[0], high[0])]
+    for target, lower, upper in zip(options.fpr_targets, low[1:], high[1:], strict=True):
+        few = _too_few(target, m)
+        if few:
+            rows.append(_row(member, "tpr", fpr_target=target, note=few))
+            continue
+        at = metrics.tpr_at_fpr(score, member, target)
+        exact = metrics.exact_interval(round(at.tpr * n), n, confidence)
+        ends = min(lower, exact[0]), max(upper, exact[1])
+        more = {"fpr_target": target, "fpr_realized": at.fpr, "threshold": _finite(at.threshold)}
+        rows.append(_row(member, "tpr", at.tpr, *ends, **more))
+    return rows
+
+
+def roc(scored: Scored) -> pa.Table:
+    """The roc table: points of each column's ROC curve on the test part, evenly spaced on a logarithmic axis."""
+    rows = np.flatnonzero(scored.part == "test")
+    found = []
+    for column, (attack, variant) in enumerate(scored.names):
+        for rate, at in metrics.log_roc(scored.scores[rows, column], scored.member[rows]):
+            named = {"attack": attack, "variant": variant, "part": "test", "fpr_target": rate}
+            found.append(named | {"tpr": at.tpr, "fpr_realized": at.fpr, "threshold": _finite(at.threshold)})
+    return pa.Table.from_pylist(found, schema=tables.SCHEMAS["roc"])
+
+
+def _values(score: np.ndarray, member: np.ndarray, targets: tuple[float, ...]) -> list[float]:
+    return [metrics.auc(score, member), *(metrics.tpr_at_fpr(score, member, target).tpr for target in targets)]
+
+
+def _row(
+    member: np.ndarray, metric: str, value: float | None = None, low: float | None = None, high: float | None = None,
+    **more: Any,
+) -> Row:  # fmt: skip
+    counts = {"n_members": int(member.sum()), "n_nonmembers": int((~member).sum()), "note": "", "fpr_target": None}
+    return counts | {"metric": metric, "value": value, "ci_low": low, "ci_high": high} | more
+
+
+def _with(rows: list[Row], named: Row, more: list[Row] | None = None) -> list[Row]:
+    extra = more or [{}] * len(rows)
+    return [row | named | one for row, one in zip(rows, extra, strict=True)]
+
+
+def _normal(value: float, variance: float, confidence: float) -> tuple[float, float]:
+    from scipy.stats import norm
+
+    half = float(norm.ppf((1 + confidence) / 2) * np.sqrt(variance))
+    return max(0.0, value - half), min(1.0, value + half)
+
+
+def _finite(threshold: float) -> float | None:
+    return threshold if np.isfinite(threshold) else None

@@ -1,12 +1,10 @@
-"""Exact metrics of a score, high = member, and their bootstrap over groups. Used by audit and evaluation."""
+"""Exact metrics of a score, high = member; a sample is called a member when it scores at or above the threshold."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import numpy as np
-
-CHUNK = 128  # resamples counted at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,48 +59,26 @@ def tie_ends(ordered: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))
 
 
-def group_weights(group: np.ndarray, member: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
-    """How often each sample stands in each bootstrap resample: int16[resamples, n].
+def balanced_accuracy(score: np.ndarray, member: np.ndarray, threshold: float) -> float:
+    """Mean of the true-positive and the true-negative rate at a threshold."""
+    called = score >= threshold
+    return float((called[member].mean() + (~called[~member]).mean()) / 2)
 
-    Groups are drawn with replacement, all of a group's samples together; groups of members, of non-members and of both
-    are drawn apart, so that no resample lacks a side.
+
+def best_threshold(score: np.ndarray, member: np.ndarray) -> float:
+    """The highest of the thresholds at which balanced accuracy is largest; infinite when none beats calling nobody."""
+    tpr, fpr, threshold = roc(score, member)
+    return float(threshold[np.argmax(np.round(tpr - fpr, 12))])
+
+
+def log_roc(score: np.ndarray, member: np.ndarray, per_decade: int = 20) -> list[tuple[float, Operating]]:
+    """Points of the ROC curve at false-positive rates evenly spaced on a logarithmic axis.
+
+    From the rate of one false positive to 1: pairs of the rate asked for and `tpr_at_fpr` there.
     """
-    _, code = np.unique(group, return_inverse=True)
-    holds = np.zeros((2, code.max() + 1), dtype=np.int8)
-    holds[member.astype(int), code] = 1
-    kinds = 2 * holds[0] + holds[1]
-    weights = np.zeros((resamples, code.max() + 1), dtype=np.int16)
-    for kind in (1, 2, 3):
-        mine = np.flatnonzero(kinds == kind)
-        if len(mine):
-            weights[:, mine] = generator.multinomial(len(mine), np.full(len(mine), 1 / len(mine)), size=resamples)
-    return weights[:, code]
-
-
-def resampled(score: np.ndarray, member: np.ndarray, weights: np.ndarray, targets: tuple[float, ...]) -> np.ndarray:
-    """AUC and the TPR at each target in every resample: float64[resamples, 1 + len(targets)].
-
-    The score is sorted once; resamples are then counted in whole numbers, some at a time so that they stay in cache.
-    """
-    order = np.argsort(-score, kind="stable")
-    mine, others = order[member[order]], order[~member[order]]
-    # How many members stand above, and at or above, each non-member.
-    above, reached = (len(mine) - np.searchsorted(score[mine[::-1]], score[others], side) for side in ("right", "left"))
-    ahead = np.append(above, len(mine))
-    out = np.empty((len(weights), 1 + len(targets)))
-    for rows in range(0, len(weights), CHUNK):
-        some = weights[rows : rows + CHUNK]
-        hits = np.zeros((len(some), len(mine) + 1), dtype=np.int32)
-        np.cumsum(some[:, mine], axis=1, out=hits[:, 1:])
-        alarms = np.cumsum(some[:, others], axis=1, dtype=np.int32)
-        n, m = hits[:, -1].astype(np.float64), alarms[:, -1].astype(np.float64)
-        wins = (hits[:, above].astype(np.float64) + hits[:, reached]) / 2
-        out[rows : rows + CHUNK, 0] = np.einsum("ij,ij->i", wins, some[:, others].astype(np.float64)) / (n * m)
-        for column, target in enumerate(targets, 1):
-            # The first non-member too many and all that do not score above it are left out.
-            first = (alarms <= allowed(target, m)[:, None]).sum(1)
-            out[rows : rows + CHUNK, column] = hits[np.arange(len(some)), ahead[first]] / n
-    return out
+    decades = np.log10((~member).sum())
+    rates = np.logspace(-decades, 0, 1 + int(np.ceil(per_decade * decades)))
+    return [(float(rate), tpr_at_fpr(score, member, rate)) for rate in rates]
 
 
 def interval(values: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:
@@ -112,30 +88,9 @@ def interval(values: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndar
     return low, high
 
 
-def measured(
-    score: np.ndarray, member: np.ndarray, weights: np.ndarray, targets: tuple[float, ...], confidence: float
-) -> list[dict]:
-    """Rows of a metrics table, without names: exact AUC, and TPR at each FPR target, with intervals.
-
-    Intervals are the bootstrap's; for a TPR, at least as wide as the exact binomial one of its hits, since a bootstrap
-    of no hit at all knows no doubt. A target that allows not even one false positive gets no value but a note why.
-    """
+def exact_interval(hits: int, n: int, confidence: float) -> tuple[float, float]:
+    """Exact binomial interval of a share (Clopper and Pearson 1934)."""
     from scipy.stats import binomtest
 
-    n, m = int(member.sum()), int((~member).sum())
-    low, high = interval(resampled(score, member, weights, targets), confidence)
-    rows = [{"metric": "auc", "value": auc(score, member), "ci_low": low[0], "ci_high": high[0], "note": ""}]
-    for target, lower, upper in zip(targets, low[1:], high[1:], strict=True):
-        if allowed(target, m) < 1:
-            needed = int(np.ceil(1 / target - 1e-9))
-            note = f"{m} non-members allow no false positive at {target:g}; {needed} are needed"
-            rows.append({"metric": "tpr", "fpr_target": target, "note": note})
-            continue
-        at = tpr_at_fpr(score, member, target)
-        exact = binomtest(round(at.tpr * n), n).proportion_ci(confidence)
-        rows.append({
-            "metric": "tpr", "fpr_target": target, "value": at.tpr,
-            "ci_low": min(lower, exact.low), "ci_high": max(upper, exact.high),
-            "fpr_realized": at.fpr, "threshold": at.threshold if np.isfinite(at.threshold) else None, "note": "",
-        })  # fmt: skip
-    return [row | {"n_members": n, "n_nonmembers": m} for row in rows]
+    found = binomtest(hits, n).proportion_ci(confidence)
+    return float(found.low), float(found.high)

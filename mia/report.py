@@ -20,9 +20,10 @@ from matplotlib.figure import Figure
 from mia import figures, metrics, summary
 from mia.figures import Curve
 from mia.summary import CHOSEN, Results, Target, attack_label, percent, reported, tpr_key, variant_label
-from mia.verdict import listed, verdict
+from mia.verdict import listed, p_words, verdict
 
 SCREEN_SCALE = 1.3  # figures are drawn in a journal's size; a screen is read from farther away
+SHOWN_FEATURES = 5  # of each blind baseline on the page; the rest is in the CSV
 MAX_POINTS = 600  # of each side in each panel of the scatter; ids are hashes, so the first ones are a random sample
 
 
@@ -48,8 +49,9 @@ def build(results: Results) -> Report:
 
 
 TABLES: dict[str, Callable[[Results], pl.DataFrame]] = {
-    "attacks": summary.attacks, "comparison": summary.comparison, "all_metrics": summary.all_metrics,
-    "blind_audits": summary.blind_audits, "dropped": summary.dropped, "sanitization_rounds": summary.rounds,
+    "attacks": summary.attacks, "comparison": summary.comparison, "protocols": summary.protocols,
+    "all_metrics": summary.all_metrics, "blind_audits": summary.blind_audits, "telling": summary.telling,
+    "dropped": summary.dropped, "sanitization_rounds": summary.rounds,
     "dedup_recall": summary.dedup_recall, "dedup_methods": summary.dedup_methods, "targets": summary.target_rows,
     "settings": summary.settings_used, "provenance": summary.provenance,
 }  # fmt: skip
@@ -67,7 +69,7 @@ def _roc(results: Results) -> Figure | str:
     for control in results.controls:
         best = chosen.filter(pl.col("target") == control.name, pl.col("attack") == CHOSEN)["variant"].item()
         attack, _, variant = best.partition(" ")
-        label = f"Control {control.name}, best on calibration:\n{_named(attack, variant).lower()}"
+        label = f"Control {control.name}, its best of all:\n{_named(attack, variant).lower()}"
         curves.append(_curve(results, control.scores, attack, variant, label, "control"))
     blind = sorted(set(results.blind_scores["attack"]))
     if blind:
@@ -197,6 +199,7 @@ def page(results: Results, found: dict[str, pl.DataFrame], svgs: dict[str, bytes
     )
     environment.filters |= {
         "percent": percent, "attack": attack_label, "variant": variant_label, "listed": listed, "share": share,
+        "p": p_text,
         "estimate": estimate, "brief": brief, "count": lambda n: f"{n:,}", "short": lambda text: (text or "")[:12],
     }  # fmt: skip
     rows = found["attacks"].rows(named=True)
@@ -211,7 +214,7 @@ def page(results: Results, found: dict[str, pl.DataFrame], svgs: dict[str, bytes
         "figures": {name: inline(svg, name) for name, svg in svgs.items() if name not in absent},
         "test": best[0], "fpr_targets": results.fpr_targets, "tpr_keys": [tpr_key(t) for t in results.fpr_targets],
         "notes": Notes(), "libraries": summary.libraries(results), "planted": _planted(results),
-        "splits": _sizes(results), "max_points": MAX_POINTS,
+        "splits": _sizes(results), "max_points": MAX_POINTS, "shown_features": SHOWN_FEATURES,
         "draws": results.made.get("features", {}).get("options", {}).get("draws"),
     }  # fmt: skip
     return environment.get_template("report.html.j2").render(context)
@@ -264,6 +267,11 @@ class Notes:
 def share(rate: float | None) -> str:
     """A rate in per cent with one decimal."""
     return "" if rate is None else f"{100 * rate:.1f} %"
+
+
+def p_text(p: float | None) -> str:
+    """A p-value to three decimals."""
+    return "" if p is None else p_words(p).removeprefix("p = ").removeprefix("p ")
 
 
 def estimate(row: dict[str, Any], key: str, notes: Notes) -> Markup:

@@ -14,12 +14,14 @@ import polars as pl
 
 from mia import settings
 
-CHOSEN = "best on calibration"  # as `evaluation` names the choice made over all attacks
+CHOSEN = "best_of_all"  # as `evaluation` names the choice made over all attacks
 SPLITS = {"unsanitized": "before", "sanitized": "after"}  # when the whole dataset was looked at, next to sanitization
 LOSSES = {"model_loss": "model loss", "latent_error": "latent error", "pixel_error": "pixel error"}
 ATTACKS = {s.name: s.label for s in settings.SETTINGS.values()} | {
-    "random_forest": "Random forest", CHOSEN: "Best on calibration",
+    "logistic_regression": "Logistic regression", "decision_tree": "Decision tree", "random_forest": "Random forest",
+    "neural_net": "Neural net", "boosting": "Boosted trees", CHOSEN: "Best of all",
     "blind_caption": "Blind, caption", "blind_image": "Blind, image", "blind_metadata": "Blind, metadata",
+    "blind_agreement": "Blind, caption and image together",
 }  # fmt: skip
 ORDER = (*(attack for attack in ATTACKS if attack != CHOSEN), CHOSEN)
 STAGES = ("metadata", "images", "dedup", "sanitize")
@@ -49,6 +51,7 @@ class Results:
         targets: the main target first, then negative controls, then checkpoints.
         datasets, audits, distances: by split, `sanitized` and `unsanitized`; the first two also `attacked`, the samples
             of the sanitized split that are attacked.
+        telling: what told members from non-members without a model on the attacked samples, most telling first.
         vectors: for each space the CLIP embeddings, float32[n, d], of the samples `vector_ids`.
         planted: candidate_id, member_id, transform, same_caption; None when there is no such truth.
         made: what each stage's table says of its own making, by stage.
@@ -60,6 +63,7 @@ class Results:
     rounds: dict[str, Any]
     audits: dict[str, pl.DataFrame]
     blind_scores: pl.DataFrame
+    telling: pl.DataFrame
     distances: dict[str, pl.DataFrame]
     vector_ids: np.ndarray
     vectors: dict[str, np.ndarray]
@@ -122,13 +126,18 @@ def reported(metrics: pl.DataFrame, part: str = "test") -> pl.DataFrame:
 
 
 def wide(rows: pl.DataFrame, fpr_targets: Iterable[float]) -> pl.DataFrame:
-    """One row for each attack: variant, sample counts, then value, low, high and note of the AUC and of each TPR."""
+    """One row for each attack: variant, sample counts, and for the AUC and each TPR a set of columns.
+
+    These are its value, interval, note, p-value against chance (adjusted for the number of attacks), p-value against
+    blind baselines and controls, and verdict.
+    """
     out = rows.select("attack", "variant", "n_members", "n_nonmembers").unique(maintain_order=True)
     chosen = {"auc": pl.col("metric") == "auc"}
     for target in fpr_targets:
         chosen[tpr_key(target)] = (pl.col("metric") == "tpr") & (pl.col("fpr_target") == target)
     for name, which in chosen.items():
-        names = {"value": name, "ci_low": f"{name}_low", "ci_high": f"{name}_high", "note": f"{name}_note"}
+        ends = {"ci_low": "low", "ci_high": "high", "note": "note", "p_adjusted": "p", "p_shift": "p_shift"}
+        names = {"value": name} | {column: f"{name}_{end}" for column, end in (ends | {"verdict": "verdict"}).items()}
         found = rows.filter(which).select("attack", *names).rename(names)
         out = out.join(found, on="attack", how="left", maintain_order="left")
     return out
@@ -161,7 +170,8 @@ def comparison(results: Results) -> pl.DataFrame:
     """For each attack on the main target, its AUC and TPR beside the same attack's on each control and the blind best.
 
     One row for each attack and metric: columns main, control_<name> for each control, and blind (null where there is
-    none), each with `_low` and `_high`; `above` says whether main's interval lies above all the others' and chance.
+    none), each with `_low` and `_high`; then p-values against chance (adjusted for the number of attacks) and against
+    every blind baseline and control, both paired and one-sided, and the verdict that `evaluation` drew from them.
     """
     rows = attacks(results).rows(named=True)
     of = {(row["kind"], row["target"], row["attack"]): row for row in rows}
@@ -170,20 +180,39 @@ def comparison(results: Results) -> pl.DataFrame:
     for row in (row for row in rows if row["kind"] == "main"):
         others = {f"control_{c.name}": of.get(("control", c.name, row["attack"]), {}) for c in results.controls}
         others["blind"] = blind
-        for key, chance in chances(results).items():
+        for key in ("auc", *map(tpr_key, results.fpr_targets)):
             line = {"attack": row["attack"], "metric": key}
             for name, other in ({"main": row} | others).items():
                 line |= {f"{name}{end}": other.get(f"{key}{end}") for end in ("", "_low", "_high")}
-            bars = [chance, *(line[f"{name}_high"] for name in others)]
-            low = line["main_low"]
-            line["above"] = None if low is None else all(bar is None or low > bar for bar in bars)
-            out.append(line)
+            out.append(line | {end: row[f"{key}_{end}"] for end in ("p", "p_shift", "verdict")})
     return pl.DataFrame(out, infer_schema_length=None)
 
 
-def chances(results: Results) -> dict[str, float]:
-    """What an attack that knows nothing reaches in each metric, by the metric's name in `wide`."""
-    return {"auc": 0.5} | {tpr_key(target): target for target in results.fpr_targets}
+def protocols(results: Results) -> pl.DataFrame:
+    """The TPR of each attack on the main target by each protocol, and what choosing on the test part gained.
+
+    Columns: attack, fpr_target; holdout, crossfit and paper, each with its variant, interval or spread; selection_gain
+    (paper minus holdout); p_best, the p-value of the best of the attack's variants, and p_best_of_all, among all
+    attacks'.
+    """
+    rows = results.main.metrics.filter(pl.col("part") != "calibration")
+    out = rows.filter(method="holdout", metric="tpr").select("attack", "fpr_target")
+    ends = {"ci_low": "low", "ci_high": "high", "std": "std"}
+    for method in ("holdout", "crossfit", "paper"):
+        names = {"value": method, "variant": f"{method}_variant"}
+        names |= {column: f"{method}_{end}" for column, end in ends.items() if (end == "std") == (method == "paper")}
+        if method == "paper":
+            names |= {"p_value": "p_best", "p_adjusted": "p_best_of_all"}
+        found = rows.filter(method=method, metric="tpr").select("attack", "fpr_target", *names).rename(names)
+        out = out.join(found, on=["attack", "fpr_target"], how="left", maintain_order="left")
+    gain = rows.filter(metric="selection_gain").select("attack", "fpr_target", selection_gain="value")
+    out = out.join(gain, on=["attack", "fpr_target"], how="left", maintain_order="left")
+    return out.sort(placed("attack", ORDER), "attack", pl.col("fpr_target") * -1, maintain_order=True)
+
+
+def telling(results: Results) -> pl.DataFrame:
+    """What told members from non-members without a model: see `Results.telling`."""
+    return results.telling.sort(placed("attack", ORDER), "attack", "variant", "rank")
 
 
 def all_metrics(results: Results) -> pl.DataFrame:

@@ -80,8 +80,13 @@ SCHEMAS: dict[str, pa.Schema] = {
     "metrics": pa.schema(
         [*_required(attack=_STRING, variant=_STRING, part=_STRING, metric=_STRING, n_members=_I32, n_nonmembers=_I32,
                     method=_STRING, note=_STRING),
-         *_optional(value=_F64, ci_low=_F64, ci_high=_F64, fpr_target=_F64, fpr_realized=_F64, threshold=_F64)]
+         *_optional(value=_F64, ci_low=_F64, ci_high=_F64, fpr_target=_F64, fpr_realized=_F64, threshold=_F64,
+                    std=_F64, p_value=_F64, p_adjusted=_F64, p_shift=_F64, verdict=_STRING)]
     ),
+    "roc": pa.schema([*_required(attack=_STRING, variant=_STRING, part=_STRING, fpr_target=_F64, tpr=_F64,
+                                 fpr_realized=_F64), *_optional(threshold=_F64)]),
+    "telling": pa.schema([*_required(attack=_STRING, variant=_STRING, rank=_I32, feature=_STRING, weight=_F64,
+                                     member_mean=_F64, nonmember_mean=_F64, auc=_F64)]),
     "distance": pa.schema([*_required(space=_STRING, metric=_STRING, n_members=_I32, n_nonmembers=_I32, value=_F64),
                            *_optional(ci_low=_F64, ci_high=_F64)]),
     "dropped": pa.schema([*_required(stage=_STRING, reason=_STRING, pool=_STRING, rows=_I32)]),
@@ -92,6 +97,8 @@ KEYS: dict[str, tuple[str, ...]] = {
     "scores": ("sample_id", "attack", "variant"),
     "texts": ("caption_id",),
     "metrics": ("attack", "variant", "part", "method", "metric", "fpr_target"),
+    "roc": ("attack", "variant", "part", "fpr_target"),
+    "telling": ("attack", "variant", "rank"),
     "distance": ("space", "metric"),
     "dropped": ("stage", "reason", "pool"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import yaml
 
 from mia import config, metrics, tables
 from mia.__main__ import main
+from mia.config import EvaluationOptions
 
 ROOT = pathlib.Path(__file__).parent.parent
 REAL = ROOT.parent / "shared" / "data" / "sd15_laion_mi_scores"
@@ -85,8 +87,9 @@ def test_evaluate_reports_every_column_as_it_stands(mia, folder):
 def test_evaluate_with_a_calibration_table_chooses_there(mia, folder):
     words = ("--scores", folder / "s.parquet", "--calibration", folder / "c.parquet", "--bootstrap", 100)
     assert mia("evaluate", *words, "--output", folder / "e.parquet")[0] == 0
-    best = read(folder / "e.parquet").filter(attack="best on calibration")
-    assert set(best["variant"]) == {"t2"} and set(best["part"]) == {"calibration", "test"}
+    best = read(folder / "e.parquet").filter(attack="best_of_all").drop_nulls("value")
+    assert set(best["variant"]) == {"t2"} and set(best["part"]) == {"calibration", "test", "all"}
+    assert set(best["method"]) == {"holdout", "crossfit", "paper"}
 
 
 def test_evaluate_takes_losses_and_several_targets(mia, folder):
@@ -99,7 +102,8 @@ def test_evaluate_takes_losses_and_several_targets(mia, folder):
     assert set(read(folder / "low.parquet")["fpr_target"]) == {None, 0.02, 0.1, 0.5}
     made = tables.provenance(folder / "low.parquet")
     assert made["lower_is_member"] and made["seed"] == 3
-    assert made["options"] == {"fpr_targets": [0.02, 0.1, 0.5], "confidence": 0.95, "bootstrap": 150}
+    options = dataclasses.asdict(EvaluationOptions((0.02, 0.1, 0.5), bootstrap=150))
+    assert made["options"] == options | {"fpr_targets": [0.02, 0.1, 0.5]}
 
 
 def test_evaluate_again_gives_the_same_bytes_and_another_seed_other_intervals(mia, folder):
@@ -108,7 +112,8 @@ def test_evaluate_again_gives_the_same_bytes_and_another_seed_other_intervals(mi
         assert mia("evaluate", *words)[0] == 0
     assert (folder / "one").read_bytes() == (folder / "again").read_bytes()
     one, two = read(folder / "one"), read(folder / "two")
-    assert not one.equals(two) and one.drop("ci_low", "ci_high").equals(two.drop("ci_low", "ci_high"))
+    moved = ("ci_low", "ci_high", "p_value", "p_adjusted")
+    assert not one.equals(two) and one.drop(moved).equals(two.drop(moved))
 
 
 def test_evaluate_finds_the_same_in_shuffled_rows(mia, folder):
@@ -135,7 +140,8 @@ def test_evaluate_reproduces_published_scores_to_the_last_digit(mia, tmp_path, f
     pl.concat([table.select("sample_id", "member"), column], how="horizontal").write_parquet(tmp_path / "s.parquet")
     words = ("--scores", tmp_path / "s.parquet", "--lower-is-member", "--output", tmp_path / "e.parquet")
     assert mia("evaluate", *words)[0] == 0
-    auc, tenth, one = read(tmp_path / "e.parquet").sort("metric", "fpr_target").iter_rows(named=True)
+    rows = read(tmp_path / "e.parquet").filter(pl.col("metric") != "balanced_accuracy")
+    auc, tenth, one = rows.sort("metric", "fpr_target").iter_rows(named=True)
     assert (round(auc["value"], 4), round(100 * one["value"], 10)) == facts
     assert round(100 * tenth["value"], 10) == 0.20
     assert (one["fpr_realized"], tenth["fpr_realized"]) == (0.01, 2 / 2500)
@@ -159,11 +165,13 @@ BAD_WIDE = {
     "infinity": (lambda t: t.with_columns(first("t1", float("inf"))), ("'t1' holds NaN, infinity",)),
     "score missing": (lambda t: t.with_columns(first("t1", None)), ("'t1' holds NaN, infinity or nothing",)),
     "strings": (lambda t: t.with_columns(pl.col("t2").cast(pl.String)), ("'t2' is String", "make it float")),
-    "no score": (lambda t: t.drop("t1", "t2"), ("no column 't1'",)),
+    "no score": (lambda t: t.drop("t1", "t2"), ("no float column",)),
     "duplicate ids": (lambda t: pl.concat([t, t[3:5]]), ("4 rows share a sample_id", "s3")),
-    "ids in both": (lambda t: pl.concat([t, wide(prefix="c")[7:8]]), ("2 rows share a sample_id", "c7")),
+    "ids in both": (lambda t: pl.concat([t, wide(prefix="c")[7:8]]), ("1 values of sample_id stand in both", "c7")),
     "members only": (lambda t: t.filter("member"), ("the test part holds one side only",)),
     "no rows": (lambda t: t[:0], ("the test part holds one side only",)),
+    "50 non-members": (lambda t: t[:100], ("the test part's 50 non-members allow no false", "raise --fpr")),
+    "group in both": (lambda t: t.with_columns(group=pl.lit("c1")), ("1 values of group stand in both parts", "c1")),
 }  # fmt: skip
 
 
@@ -190,10 +198,10 @@ def test_evaluate_refuses_bad_tables_in_one_line_and_writes_nothing(mia, folder,
         (("--fpr", "one"), ("'--fpr'", "'one' is not a comma-separated list of float")),
         (("--fpr", "0.01,0.01"), ("two rows with one key",)),
         (("--confidence", "95"), ("confidence is 95", "between 0 and 1")),
-        (("--bootstrap", "0"), ("bootstrap is 0", "100 resamples or more")),
+        (("--bootstrap", "0"), ("bootstrap is 0", "give 100 or more")),
         (("--seed", "x"), ("'--seed'", "'x' is not a valid integer")),
         (("--lower-is-membre",), ("--lower-is-membre", "--lower-is-member")),
-        (("--calibration", "absent.parquet"), ("scores file does not exist", "absent.parquet")),
+        (("--calibration", "absent.parquet"), ("table does not exist", "absent.parquet")),
         (("--dataset", "absent.parquet"), ("dataset file does not exist", "absent.parquet")),
     ],
 )
@@ -207,6 +215,74 @@ def test_evaluate_refuses_bad_flags(mia, folder, flags, words):
         tables.write(folder / "s.parquet", pa.table([["a"], ["x"], [""], [1.0]], schema=schema), "scores", {})
     refused(mia("evaluate", "--scores", folder / "s.parquet", "--output", folder / "e.parquet", *flags), *words)
     assert sorted(folder.iterdir()) == there
+
+
+def test_evaluate_refuses_a_constant_score(mia, folder):
+    wide().with_columns(t2=pl.lit(0.5)).write_parquet(folder / "constant.parquet")
+    words = ("evaluate", "--scores", folder / "constant.parquet", "--output", folder / "e.parquet")
+    refused(mia(*words), "t2 is 0.5 for every sample", "drop it")
+
+
+def test_evaluate_takes_csv_and_named_arrays(mia, folder):
+    """The same scores in three formats, float64 to the last bit, give the same table."""
+    table = wide()
+    table.write_csv(folder / "s.csv")
+    arrays = {name: table[name].to_numpy() for name in ("member", "t1", "t2")}
+    np.savez(folder / "s.npz", sample_id=np.array(table["sample_id"].to_list()), **arrays)
+    for kind in ("parquet", "csv", "npz"):
+        words = ("--scores", folder / f"s.{kind}", "--output", folder / f"{kind}.e", "--bootstrap", 100)
+        assert mia("evaluate", *words)[0] == 0
+    assert read(folder / "parquet.e").equals(read(folder / "csv.e")) and len(read(folder / "csv.e")) == 8
+    assert read(folder / "parquet.e").equals(read(folder / "npz.e"))
+
+
+def rivals(folder: pathlib.Path, shift: float, name: str, column: str = "t2") -> pathlib.Path:
+    """A table of scores for the samples of s.parquet and c.parquet."""
+    parts = [
+        wide(seed=seed, prefix=prefix, shift=shift).rename({"t2": column}) for seed, prefix in ((7, "s"), (8, "c"))
+    ]
+    pl.concat(parts).select("sample_id", column).write_parquet(folder / name)
+    return folder / name
+
+
+def test_evaluate_gives_a_verdict_beside_blind_baselines_and_controls(mia, folder):
+    words = ["--scores", folder / "s.parquet", "--calibration", folder / "c.parquet", "--bootstrap", 200]
+    words += ["--permutations", 200, "--output", folder / "e.parquet"]
+    control = ("--control", rivals(folder, 0.0, "control.parquet"))
+    for shift, verdict in ((0.0, "signal"), (2.0, "explained by shift")):
+        blind = ("--blind", rivals(folder, shift, f"blind{shift}.parquet", "blind_caption/x"))
+        assert mia("evaluate", *words, *blind, *control)[0] == 0
+        rows = read(folder / "e.parquet").filter(attack="t2", method="holdout", part="test", metric="auc")
+        assert rows["verdict"].item() == verdict
+    refused(mia("evaluate", *words, "--blind", folder / "s.parquet"), "t1 has no score for 400 samples")
+
+
+def test_evaluate_fits_classifiers_on_calibration_alone(mia, folder):
+    words = ["--scores", folder / "s.parquet", "--calibration", folder / "c.parquet", "--bootstrap", 100]
+    words += ["--classifiers", "logistic_regression", "--output"]
+    code, _, said = mia("evaluate", *words, folder / "e.parquet")
+    assert code == 0 and "logistic_regression (C" in said and "out of fold" in said
+    rows = read(folder / "e.parquet").filter(part="test", method="holdout", metric="auc")
+    auc = dict(rows.select("attack", "value").rows())
+    assert auc["logistic_regression"] > auc["t1"]
+    flipped = wide().with_columns(~pl.col("member"))
+    flipped.write_parquet(folder / "s.parquet")
+    assert mia("evaluate", *words, folder / "flipped.parquet")[0] == 0
+    rows = read(folder / "flipped.parquet").filter(part="test", method="holdout", metric="auc")
+    assert dict(rows.select("attack", "value").rows())["logistic_regression"] == pytest.approx(
+        1 - auc["logistic_regression"]
+    ), "test labels must not be learnt from"
+    alone = ("evaluate", "--scores", folder / "s.parquet", *words[-3:], folder / "e.parquet")
+    refused(mia(*alone), "classifiers need a calibration part")
+    refused(mia("evaluate", *words[:-2], "svm", "--output", folder / "e.parquet"), "unknown learner 'svm'")
+
+
+def test_evaluate_writes_the_roc_curve_on_a_log_axis(mia, folder):
+    words = ("--scores", folder / "s.parquet", "--output", folder / "e.parquet", "--bootstrap", 100)
+    assert mia("evaluate", *words, "--roc-output", folder / "roc.parquet")[0] == 0
+    roc = pl.DataFrame(pl.from_arrow(tables.read(folder / "roc.parquet", "roc")))
+    at = roc.filter(attack="t2", fpr_target=1.0).row(0, named=True)
+    assert at["tpr"] == at["fpr_realized"] == 1.0 and roc["fpr_target"].min() == pytest.approx(1 / 200)
 
 
 def test_evaluate_needs_its_files(mia, folder):
@@ -263,12 +339,12 @@ def scoring(folder: pathlib.Path, *more: object, shards: tuple[int, ...] = (0, 1
 
 
 def test_features_become_scores_become_metrics(mia, stages):
-    forest = ("--attacks", "loss_threshold,random_forest", "--trees", 10, "--folds", 2, "--max-depths", "2,4")
+    forest = ("--attacks", "loss_threshold,random_forest", "--trees", 10, "--folds", 3, "--max-depths", "2,4")
     assert mia(*scoring(stages, *forest, "--seed", 5))[0] == 0
     scores = pl.DataFrame(pl.from_arrow(tables.read(stages / "s.parquet", "scores")))
     assert len(scores) == 160 * 3 and set(scores["attack"]) == {"baseline_loss_threshold", "random_forest"}
     made = tables.provenance(stages / "s.parquet")
-    assert made["stage"] == "scores" and made["settings"] == [18] and made["options"]["trees"] == 10
+    assert made["stage"] == "scores" and made["settings"] == [18] and made["options"]["trees"] == [10]
     before = (stages / "s.parquet").read_bytes()
     assert mia(*scoring(stages, *forest, "--seed", 5, shards=(1, 0)))[0] == 0
     assert (stages / "s.parquet").read_bytes() == before, "the order of shards must not matter"
@@ -285,14 +361,14 @@ def test_features_become_scores_become_metrics(mia, stages):
     )
     assert mia("evaluate", *words, "--output", stages / "e.parquet")[0] == 0
     found = read(stages / "e.parquet").filter(metric="auc", part="test", method="holdout")
-    assert set(found["attack"]) == {"baseline_loss_threshold", "random_forest", "best on calibration"}
-    assert found.filter(attack="best on calibration")["value"].item() > 0.9
+    assert set(found["attack"]) == {"baseline_loss_threshold", "random_forest", "best_of_all"}
+    assert found.filter(attack="best_of_all")["value"].item() > 0.9
     chosen = found.filter(attack="baseline_loss_threshold")["variant"].item()
     assert chosen == "model_loss@301"
 
 
 def test_scores_read_no_label_of_the_test_part(mia, stages):
-    forest = ("--attacks", "random_forest", "--trees", 10, "--folds", 2, "--max-depths", "4")
+    forest = ("--attacks", "random_forest", "--trees", 10, "--folds", 3, "--max-depths", "4")
     assert mia(*scoring(stages, *forest))[0] == 0
     before = tables.read(stages / "s.parquet", "scores")
     dataset = pl.DataFrame(pl.from_arrow(tables.read(stages / "dataset.parquet", "dataset")))
@@ -346,7 +422,7 @@ def test_evaluate_refuses_scores_that_are_not_of_this_dataset(mia, stages):
     refused(mia("evaluate", *words), "1 scored samples are not in the dataset", f"{159:032x}")
     refused(mia("evaluate", *words, "--lower-is-member"), "--lower-is-member does not go with --dataset")
     refused(mia("evaluate", *words, "--calibration", stages / "s.parquet"), "--calibration does not go with --dataset")
-    refused(mia("evaluate", *words, "--scores", stages / "s.parquet"), "two rows with one key")
+    refused(mia("evaluate", *words, "--scores", stages / "s.parquet"), "two scores of one sample by one attack")
     refused(mia("evaluate", "--scores", stages / "f0.parquet", *words[2:]), "scores table has no column 'attack'", "f0")
     assert not (stages / "e.parquet").exists()
 

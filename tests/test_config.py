@@ -147,7 +147,7 @@ def test_every_option_of_the_example_has_a_place_in_data_flow_order():
         ),
         (
             changed("targets", PARTIAL, "attacks", to=["secmi"]),
-            f"targets.{PARTIAL}.attacks[0]: unknown value 'secmi'; use one of 'loss_threshold', 'random_forest'",
+            f"targets.{PARTIAL}.attacks[0]: unknown value 'secmi'; use one of 'loss_threshold', 'logistic_regression'",
         ),
         (changed("features", "settings", to=[17]), "config.yaml: features.settings[0]: unknown value '17'; use '"),
         (
@@ -182,6 +182,10 @@ def test_every_option_of_the_example_has_a_place_in_data_flow_order():
         (
             changed("targets", CONTROL, "encoders_of", to=MAIN + "x"),
             f"config.yaml: targets.{CONTROL}.encoders_of: unknown target '{MAIN}x'; use '{MAIN}'",
+        ),
+        (
+            changed("audit", "folds", to=4),
+            "config.yaml: audit.folds: differs from scores.folds; blind and supervised attacks share folds",
         ),
         (None, "config.yaml: None is not of type object"),
         ([], "config.yaml: [] is not of type object"),

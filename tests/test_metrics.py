@@ -1,4 +1,4 @@
-"""`mia.metrics` against pair counting, brute force over thresholds, written-out resamples and closed forms."""
+"""`mia.metrics` against pair counting, brute force over thresholds, and real scores."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pathlib
 import numpy as np
 import polars as pl
 import pytest
-from scipy.stats import norm
+from scipy.stats import binom
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from mia import metrics
@@ -177,101 +177,6 @@ def test_tie_ends():
     assert metrics.tie_ends(np.array([1.0])).tolist() == [0]
 
 
-# Bootstrap
-
-
-def grouped(seed: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Names of groups of 1 to 4 samples, most of one side, some of both; and who is a member."""
-    generator = np.random.default_rng(seed)
-    group = np.repeat([f"g{i:03d}" for i in range(n)], generator.integers(1, 5, n))[:n].astype(object)
-    side = {name: generator.integers(3) for name in group}
-    member = np.array([side[name] == 1 or (side[name] == 2 and bool(generator.integers(2))) for name in group])
-    return group, member
-
-
-def test_weights_keep_groups_together_and_the_number_of_groups_of_each_kind():
-    group, member = grouped(0, 90)
-    weights = metrics.group_weights(group, member, 50, np.random.default_rng(1))
-    assert weights.shape == (50, 90) and weights.min() >= 0
-    kinds: dict[frozenset, list[int]] = {}
-    for name in np.unique(group):
-        rows = np.flatnonzero(group == name)
-        assert (weights[:, rows] == weights[:, rows[:1]]).all()
-        kinds.setdefault(frozenset(member[rows]), []).append(rows[0])
-    assert len(kinds) == 3, "this test wants groups of members, of non-members and of both"
-    for first in kinds.values():
-        assert (weights[:, first].sum(1) == len(first)).all()
-
-
-def test_weights_without_groups_keep_both_sides_sizes_and_average_one():
-    member = np.arange(60) < 25
-    weights = metrics.group_weights(np.arange(60), member, 4000, np.random.default_rng(2))
-    assert (weights[:, member].sum(1) == 25).all() and (weights[:, ~member].sum(1) == 35).all()
-    np.testing.assert_allclose(weights.mean(0), 1, atol=0.08)
-    np.testing.assert_allclose(weights[:, ~member].var(0), 1 - 1 / 35, atol=0.15)
-
-
-def test_no_resample_lacks_a_side_even_when_one_group_holds_all_nonmembers():
-    member = np.arange(30) != 29
-    group = np.where(np.arange(30) >= 28, 28, np.arange(30))  # the only non-member shares a group with a member
-    weights = metrics.group_weights(group, member, 300, np.random.default_rng(3))
-    assert (weights @ member > 0).all() and (weights @ ~member > 0).all()
-
-
-def test_weights_follow_the_seed_and_the_group_not_the_row():
-    group, member = grouped(4, 50)
-    one = metrics.group_weights(group, member, 20, np.random.default_rng(5))
-    np.testing.assert_array_equal(one, metrics.group_weights(group, member, 20, np.random.default_rng(5)))
-    assert (one != metrics.group_weights(group, member, 20, np.random.default_rng(6))).any()
-    shuffle = np.random.default_rng(0).permutation(50)
-    again = metrics.group_weights(group[shuffle], member[shuffle], 20, np.random.default_rng(5))
-    np.testing.assert_array_equal(one[:, shuffle], again)
-
-
-@pytest.mark.parametrize("decimals", [None, 1, 0])
-@pytest.mark.parametrize("by_group", [False, True])
-def test_resampled_equals_metrics_of_the_samples_written_out(decimals, by_group):
-    group, member = grouped(11, 120)
-    if not by_group:
-        group = np.arange(120)
-    score = np.random.default_rng(12).normal(size=120) + member
-    score = score if decimals is None else np.round(score, decimals)
-    weights = metrics.group_weights(group, member, 150, np.random.default_rng(13))  # more than one chunk
-    found = metrics.resampled(score, member, weights, TARGETS)
-    assert found.shape == (150, 1 + len(TARGETS)) and found.dtype == np.float64
-    for row in (0, 1, 2, 64, 127, 128, 149):
-        long, truth = np.repeat(score, weights[row]), np.repeat(member, weights[row])
-        assert found[row, 0] == metrics.auc(long, truth)
-        assert found[row, 0] == pytest.approx(pairs_auc(long, truth), abs=1e-14)
-        for column, target in enumerate(TARGETS, 1):
-            assert found[row, column] == brute_tpr(long, truth, str(target))
-
-
-def test_resampled_with_every_weight_one_is_the_sample_itself():
-    for decimals in (None, 0):
-        score, member = drawn(14, 200, 300, decimals)
-        found = metrics.resampled(score, member, np.ones((1, 500), dtype=np.int16), (0.01, 0.1))[0]
-        wanted = [metrics.tpr_at_fpr(score, member, t).tpr for t in (0.01, 0.1)]
-        assert found.tolist() == [metrics.auc(score, member), *wanted]
-
-
-def test_resampled_is_exact_where_pair_counts_pass_float32():
-    score, member = drawn(15, 4500, 4500, 2)
-    weights = metrics.group_weights(np.arange(9000), member, 2, np.random.default_rng(0))
-    found = metrics.resampled(score, member, weights, (0.01,))
-    for row in range(2):
-        long, truth = np.repeat(score, weights[row]), np.repeat(member, weights[row])
-        assert found[row].tolist() == [metrics.auc(long, truth), metrics.tpr_at_fpr(long, truth, 0.01).tpr]
-
-
-def test_resampled_of_extreme_scores():
-    member = np.arange(250) < 50
-    weights = metrics.group_weights(np.arange(250), member, 40, np.random.default_rng(0))
-    assert (metrics.resampled(np.zeros(250), member, weights, (0.01,)) == [0.5, 0.0]).all()
-    assert (metrics.resampled(member * 1.0, member, weights, (0.01,)) == [1.0, 1.0]).all()
-    assert (metrics.resampled(member * -1.0, member, weights, (0.01,)) == [0.0, 0.0]).all()
-
-
 def test_interval_is_the_central_part():
     values = np.stack([np.arange(101.0), 7 * np.ones(101)], axis=1)
     low, high = metrics.interval(np.random.default_rng(0).permutation(values), 0.9)
@@ -279,80 +184,43 @@ def test_interval_is_the_central_part():
     np.testing.assert_allclose(high, [95, 7])
 
 
-# What stands in the table
+def test_balanced_accuracy_by_hand():
+    score = np.array([5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
+    member = np.array([True, True, False, True, False, False])
+    assert metrics.balanced_accuracy(score, member, 3.5) == (2 / 3 + 1) / 2
+    assert metrics.balanced_accuracy(score, member, 2.0) == (1 + 2 / 3) / 2
+    assert metrics.balanced_accuracy(score, member, np.inf) == metrics.balanced_accuracy(score, member, -1.0) == 0.5
 
 
-def measured(score, member, targets=(0.01, 0.001), resamples=200, seed=0):
-    weights = metrics.group_weights(np.arange(len(score)), member, resamples, np.random.default_rng(seed))
-    return metrics.measured(score, member, weights, targets, 0.95)
+@pytest.mark.parametrize(("seed", "n", "m", "decimals"), CASES)
+def test_the_best_threshold_beats_every_other(seed, n, m, decimals):
+    score, member = drawn(seed, n, m, decimals)
+    best = metrics.balanced_accuracy(score, member, metrics.best_threshold(score, member))
+    assert best == pytest.approx(max(metrics.balanced_accuracy(score, member, t) for t in [*score, np.inf]), abs=1e-12)
 
 
-def test_measured_rows_say_everything():
-    score, member = drawn(16, 300, 400)
-    auc, one, tenth = measured(score, member)
-    assert auc["metric"] == "auc" and auc["value"] == metrics.auc(score, member) and auc["note"] == ""
-    assert auc["ci_low"] < auc["value"] < auc["ci_high"]
-    at = metrics.tpr_at_fpr(score, member, 0.01)
-    assert (one["metric"], one["fpr_target"], one["note"]) == ("tpr", 0.01, "")
-    assert (one["value"], one["fpr_realized"], one["threshold"]) == (at.tpr, at.fpr, at.threshold)
-    assert one["fpr_realized"] == 4 / 400 and one["ci_low"] <= one["value"] <= one["ci_high"]
-    assert "value" not in tenth and tenth["fpr_target"] == 0.001
-    assert tenth["note"] == "400 non-members allow no false positive at 0.001; 1000 are needed"
-    assert all((row["n_members"], row["n_nonmembers"]) == (300, 400) for row in (auc, one, tenth))
+def test_of_equally_good_thresholds_the_highest_is_taken():
+    member = np.array([True, False, True, False])
+    assert metrics.best_threshold(np.array([4.0, 3.0, 2.0, 1.0]), member) == 4.0
+    assert metrics.best_threshold(np.array([1.0, 2.0, 3.0, 4.0]), np.array([True, True, False, False])) == np.inf
+    assert metrics.best_threshold(np.zeros(4), member) == np.inf
 
 
-@pytest.mark.parametrize(("target", "m", "needed"), [(0.01, 99, 100), (0.001, 999, 1000), (0.003, 333, 334)])
-def test_too_few_nonmembers_leave_the_rate_blank_and_the_note_says_how_many_are_needed(target, m, needed):
-    score, member = drawn(17, 20, m)
-    assert measured(score, member, (target,))[1]["note"].endswith(f"; {needed} are needed")
-    assert "value" not in measured(score, member, (target,))[1]
-    score, member = drawn(17, 20, needed)
-    assert measured(score, member, (target,))[1]["value"] >= 0
+def test_log_roc_is_the_curve_at_rates_evenly_spaced():
+    score, member = drawn(3, 50, 100)
+    points = metrics.log_roc(score, member, per_decade=4)
+    rates = [rate for rate, _ in points]
+    np.testing.assert_allclose(rates, 10.0 ** np.arange(-2, 0.1, 0.25))
+    for rate, at in points:
+        assert at == metrics.tpr_at_fpr(score, member, rate)
+    assert points[-1][1].tpr == points[-1][1].fpr == 1.0
 
 
-def test_an_infinite_threshold_is_left_blank():
-    member = np.arange(300) < 100
-    row = measured(np.ones(300), member, (0.01,))[1]
-    assert (row["value"], row["fpr_realized"], row["threshold"]) == (0.0, 0.0, None)
-
-
-# Populations with known answers
-
-
-def test_gaussian_shift_has_its_closed_form_inside_the_intervals():
-    for shift in (0.0, 0.5, 1.5):
-        score, member = drawn(18, 4000, 4000, shift=shift)
-        auc, one, tenth = measured(score, member)
-        for row, truth in (
-            (auc, norm.cdf(shift / np.sqrt(2))),
-            (one, norm.cdf(shift - norm.isf(0.01))),
-            (tenth, norm.cdf(shift - norm.isf(0.001))),
-        ):
-            assert row["ci_low"] <= truth <= row["ci_high"], (shift, row, truth)
-
-
-def test_intervals_cover_the_truth_about_as_often_as_they_say():
-    """100 populations: 95 intervals of 100 should hold the truth; 87 or fewer happen once in 500 times by luck."""
-    shift, n, m, targets = 0.8, 300, 300, (0.05,)
-    truth = [norm.cdf(shift / np.sqrt(2)), norm.cdf(shift - norm.isf(0.05))]
-    covered = np.zeros(2)
-    for seed in range(100):
-        score, member = drawn(1000 + seed, n, m, shift=shift)
-        weights = metrics.group_weights(np.arange(n + m), member, 200, np.random.default_rng(seed))
-        low, high = metrics.interval(metrics.resampled(score, member, weights, targets), 0.95)
-        covered += (low <= truth) & (truth <= high)
-    assert (covered >= 88).all() and (covered <= 100).all(), covered
-
-
-def test_intervals_over_groups_are_wider_when_a_group_is_one_image_many_times():
-    score, member = drawn(19, 200, 200)
-    copies, group = np.repeat(score, 4), np.repeat(np.arange(400), 4)
-    width = {}
-    for name, names in (("grouped", group), ("alone", np.arange(1600))):
-        weights = metrics.group_weights(names, np.repeat(member, 4), 1000, np.random.default_rng(0))
-        low, high = metrics.interval(metrics.resampled(copies, np.repeat(member, 4), weights, ()), 0.95)
-        width[name] = float(high[0] - low[0])
-    assert width["grouped"] == pytest.approx(2 * width["alone"], rel=0.15)  # the square root of four
+@pytest.mark.parametrize(("hits", "n"), [(0, 10), (3, 10), (10, 10)])
+def test_the_exact_interval_leaves_half_the_doubt_on_each_side(hits, n):
+    low, high = metrics.exact_interval(hits, n, 0.9)
+    assert low == 0 if hits == 0 else binom.sf(hits - 1, n, low) == pytest.approx(0.05)
+    assert high == 1 if hits == n else binom.cdf(hits, n, high) == pytest.approx(0.05)
 
 
 # Real scores

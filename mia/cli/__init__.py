@@ -7,10 +7,12 @@ import importlib
 import click
 
 PHASES = {
-    "dataset": ("metadata", "images", "embeddings", "dedup", "sanitize", "distance", "audit"),
+    "dataset": ("metadata", "images", "embeddings", "dedup", "sanitize", "distance"),
     "target": ("train", "target"),
     "features": ("latents", "features"),
-    "attacks": ("scores", "evaluate"),
+    "attacks": ("scores",),
+    "audit": ("audit", "infer"),
+    "evaluation": ("evaluate",),
     "report": ("report",),
     "inspect": ("list-settings", "list-attacks", "show-config", "validate-config"),
 }

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import click
+import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
 import mia
 from mia import tables
-from mia.config import STAGES, flag_name
+from mia.config import COMMANDS, flag_name
 from mia.errors import UserError
 
 PATH = click.Path(path_type=pathlib.Path)
@@ -34,15 +35,15 @@ def many(flag: str, name: str, help: str) -> Callable:
     return click.option(flag, name, type=PATH, multiple=True, required=True, help=help)
 
 
-def stage_options(stage: str) -> Callable:
-    """Flags for every field of the stage's options; the command gets the frozen dataclass as `options`."""
-    kind = STAGES[stage]
+def stage_options(stage: str, name: str = "options") -> Callable:
+    """Flags for every field of the stage's options; the command gets the frozen dataclass as `name`."""
+    kind = COMMANDS[stage]
     hints = typing.get_type_hints(kind)
 
     def decorate(command: Callable) -> Callable:
         def with_options(**values: Any) -> Any:
             chosen = {f.name: values.pop(f.name) for f in dataclasses.fields(kind)}
-            return command(options=kind(**chosen), **values)
+            return command(**{name: kind(**chosen)}, **values)
 
         with_options.__name__, with_options.__doc__ = command.__name__, command.__doc__
         with_options.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
@@ -80,6 +81,9 @@ def listed(kind: type) -> Callable:
 
 seed_option = click.option("--seed", type=int, default=0, help="Seed of all randomness.")
 device_option = click.option("--device", default="cpu", help="Torch device; never falls back in silence.")
+workers_option = click.option(
+    "--workers", type=click.IntRange(1), default=1, help="Processes to fit in; changes no result."
+)
 batch_option = click.option(
     "--batch-size", type=click.IntRange(1), default=64, help="Rows per call; changes no result."
 )
@@ -123,6 +127,19 @@ def image_bytes(paths: Iterable[object], ids: Iterable[str]) -> dict[str, bytes]
     return found
 
 
+def frame(path: pathlib.Path, name: str, columns: tuple[str, ...] | None = None) -> pl.DataFrame:
+    """Table `name` as a data frame."""
+    return pl.DataFrame(pl.from_arrow(tables.read(path, name, columns)))
+
+
+def matching(table: pa.Table, rows: pa.Table) -> pa.Table:
+    """Rows of `table` for the samples of `rows`, in the same order."""
+    found = table.filter(pc.is_in(table["sample_id"], rows["sample_id"].combine_chunks()))
+    if found["sample_id"].to_pylist() != rows["sample_id"].to_pylist():
+        raise UserError("embeddings lack samples of the dataset", "--embeddings", "give every shard")
+    return found
+
+
 def target_folder(manifest: pathlib.Path) -> tuple[pathlib.Path, dict]:
     """The model folder that a target's manifest names, and the manifest."""
     from mia import models
@@ -138,6 +155,11 @@ def write_json(path: pathlib.Path, content: Any) -> None:
     """Put `content` at `path` at once, as sorted, indented JSON."""
     with tables.replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def say(line: str) -> None:
+    """One line for the person who runs the command, on stderr."""
+    click.echo(line, err=True)
 
 
 def progress(what: str) -> Callable[[Iterable], Iterator]:

@@ -1,4 +1,4 @@
-"""Commands that build the dataset: metadata, images, embeddings, dedup, sanitize, distance, audit."""
+"""Commands that build the dataset: metadata, images, embeddings, dedup, sanitize, distance."""
 
 from __future__ import annotations
 
@@ -270,40 +270,7 @@ def distance(dataset: Any, embeddings: Any, seed: int, output: Any) -> None:
     from mia import distance as stage
 
     rows = tables.read(dataset, "dataset")
-    vectors = _matching(tables.read(embeddings, "embeddings"), rows)
+    vectors = common.matching(tables.read(embeddings, "embeddings"), rows)
     spaces = {space: tables.vectors(vectors[space]) for space in ("image", "text")}
     found = stage.distances(spaces, rows["member"].to_numpy(zero_copy_only=False), seed)
     tables.write(output, found, "distance", common.made_by("distance", None, seed, [dataset, *embeddings]))
-
-
-def _matching(table: pa.Table, rows: pa.Table) -> pa.Table:
-    """Rows of `table` for the samples of `rows`, in the same order."""
-    found = table.filter(pc.is_in(table["sample_id"], rows["sample_id"].combine_chunks()))
-    if found["sample_id"].to_pylist() != rows["sample_id"].to_pylist():
-        raise UserError("embeddings lack samples of the dataset", "--embeddings", "give every shard")
-    return found
-
-
-@click.command()
-@one("--dataset", "The dataset table.")
-@many("--images", "images", "Shards of the images table.")
-@many("--embeddings", "embeddings", "Shards of the embeddings table.")
-@seed_option
-@one("--output", "The scores table of the blind classifiers.")
-@stage_options("audit")
-def audit(dataset: Any, images: Any, embeddings: Any, seed: int, output: Any, options: Any) -> None:
-    """Score members and non-members with classifiers that see no diffusion model."""
-    from mia import audit as stage
-
-    rows = tables.read(dataset, "dataset")
-    ids = rows["sample_id"].to_pylist()
-    data = common.image_bytes(images, ids) if "image" in options.features else {}
-    vectors = _matching(tables.read(embeddings, "embeddings"), rows)
-    seen = stage.Seen(
-        np.array(ids, dtype=object), rows["caption"].to_pylist(), rows["url"].to_pylist(),
-        [data[i] for i in ids] if data else None, tables.vectors(vectors["image"]),
-    )  # fmt: skip
-    member, group, part = (np.array(rows[name].to_pylist()) for name in ("member", "group", "part"))
-    scores = stage.blind_scores(seen, member, group, part, options, seed)
-    made = common.made_by("audit", options, seed, [dataset, *images, *embeddings], libraries=("scikit-learn",))
-    tables.write(output, scores, "scores", made)

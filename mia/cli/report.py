@@ -11,7 +11,7 @@ import click
 import polars as pl
 
 from mia import tables
-from mia.cli.common import one
+from mia.cli.common import frame, one
 from mia.errors import UserError
 
 if TYPE_CHECKING:
@@ -71,10 +71,6 @@ def _json(path: pathlib.Path) -> Any:
         ) from problem
 
 
-def _frame(path: object, name: str, columns: tuple[str, ...] | None = None) -> pl.DataFrame:
-    return pl.DataFrame(pl.from_arrow(tables.read(path, name, columns)))
-
-
 def _results(folder: pathlib.Path, targets: dict[str, dict[str, Any]], planted: str) -> Results:
     """Everything the report needs and nothing else: captions are not even read, URLs only to look up planted pairs."""
     from mia.summary import Results
@@ -83,17 +79,18 @@ def _results(folder: pathlib.Path, targets: dict[str, dict[str, Any]], planted: 
     files = {s: folder / "dataset" / f"{s}.parquet" for s in SPLITS} | {
         "attacked": folder / "attacked/sanitized.parquet"
     }
-    datasets = {s: _frame(path, "dataset", ("sample_id", "member", "part")) for s, path in files.items()}
+    datasets = {s: frame(path, "dataset", ("sample_id", "member", "part")) for s, path in files.items()}
     ids, vectors = _vectors(folder / "embeddings", pl.concat(datasets.values())["sample_id"].unique())
     near = ("sample_id", "pool", "nearest_id", "distance", "method", "reason")
-    dropped = [_frame(folder / "dropped" / f"{name}.parquet", "dropped") for name in ("metadata", "sanitized")]
+    dropped = [frame(folder / "dropped" / f"{name}.parquet", "dropped") for name in ("metadata", "sanitized")]
     return Results(
         name=folder.resolve().name, targets=found, datasets=datasets,
         rounds=_json(folder / "dataset" / "sanitized.json"),
-        audits={s: _frame(folder / "audit" / f"{s}.parquet", "metrics") for s in files},
-        blind_scores=_frame(folder / "audit" / "attacked.scores.parquet", "scores"),
-        distances={s: _frame(folder / "distance" / f"{s}.parquet", "distance") for s in SPLITS},
-        vector_ids=ids, vectors=vectors, duplicates=_frame(folder / "duplicates.parquet", "duplicates", near),
+        audits={s: frame(folder / "audit" / f"{s}.parquet", "metrics") for s in files},
+        blind_scores=frame(folder / "audit" / "attacked.scores.parquet", "scores"),
+        telling=frame(folder / "audit" / "attacked.telling.parquet", "telling"),
+        distances={s: frame(folder / "distance" / f"{s}.parquet", "distance") for s in SPLITS},
+        vector_ids=ids, vectors=vectors, duplicates=frame(folder / "duplicates.parquet", "duplicates", near),
         planted=_planted(planted, folder / "metadata.parquet"), dropped=pl.concat(dropped),
         made=_provenance(folder, next(iter(found))),
     )  # fmt: skip
@@ -102,9 +99,9 @@ def _results(folder: pathlib.Path, targets: dict[str, dict[str, Any]], planted: 
 def _target(folder: pathlib.Path, name: str, about: dict[str, Any]) -> Target:
     from mia.summary import CHOSEN, Target
 
-    scores = None if about["role"] == "checkpoint" else _frame(folder / "scores" / f"{name}.parquet", "scores")
+    scores = None if about["role"] == "checkpoint" else frame(folder / "scores" / f"{name}.parquet", "scores")
     path = folder / "evaluation" / f"{name}.parquet"
-    metrics = _frame(path, "metrics")
+    metrics = frame(path, "metrics")
     if CHOSEN not in metrics["attack"]:
         raise UserError("no attack was chosen on calibration", path, "evaluate with a calibration part")
     return Target(name, about["role"], about.get("step"), _json(folder / "targets" / f"{name}.json"), metrics, scores)
@@ -143,7 +140,7 @@ def _planted(path: str, metadata: pathlib.Path) -> pl.DataFrame | None:
     absent = [c for c in ("candidate_url", "member_url", "transform", "same_caption") if c not in truth.columns]
     if absent:
         raise UserError(f"planted truth has no column '{absent[0]}'", path, f"columns: {truth.columns}")
-    ids = _frame(metadata, "metadata", ("sample_id", "url", "pool"))
+    ids = frame(metadata, "metadata", ("sample_id", "url", "pool"))
     for side, pool in (("candidate", "candidate"), ("member", "member")):
         here = ids.filter(pl.col("pool") == pool).select(
             pl.col("url").alias(f"{side}_url"), pl.col("sample_id").alias(f"{side}_id")

@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 pytestmark = pytest.mark.slow
 
 AFTER_DEDUP = {
-    "dedup", "train", "target", "sanitize", "distance", "audit", "evaluation_blind", "latents", "features", "scores",
+    "dedup", "train", "target", "sanitize", "distance", "audit", "latents", "features", "scores",
     "evaluation", "report", "all",
 }  # fmt: skip
 
@@ -31,9 +31,9 @@ def small() -> dict:
     config["metadata"]["max_rows_per_pool"] = 150
     config["sanitize"] |= {"keep_above": 0.0, "max_epochs": 2, "folds": 2, "max_per_side": 110}
     config["features"] |= {"settings": [18, 16], "draws": 1}
-    config["scores"] |= {"trees": 10, "folds": 2}
-    config["audit"] |= {"folds": 2}
-    config["evaluation"] |= {"bootstrap": 100}
+    config["scores"] |= {"trees": [5, 10], "folds": 3, "attacks": ["loss_threshold", "random_forest"]}
+    config["audit"] |= {"folds": 3}
+    config["evaluation"] |= {"fpr_targets": [0.05, 0.01], "bootstrap": 100, "permutations": 100}
     models = config["train"]["models"]
     models["trained_on_members"] |= {"checkpoints": [0, 3], "block_out_channels": [16, 32]}
     models["trained_on_neither"] |= {"checkpoints": [3], "block_out_channels": [16, 32]}
@@ -104,7 +104,7 @@ def test_batch_size_reruns_nothing(done):
 
 def test_an_attacks_option_reruns_scores_evaluation_and_report(done):
     config = small()
-    config["scores"]["trees"] = 11
+    config["scores"]["trees"] = [11]
     assert done.reruns(config) == {"scores": 2, "evaluation": 2, "report": 1, "all": 1}
 
 

@@ -20,14 +20,20 @@ rule scores:
         options=lambda wildcards: options_of("scores", wildcards.target),
         features=lambda wildcards, input: repeated("--features", input.features),
     shell:
-        "OMP_NUM_THREADS={threads} python -m mia scores {params.features} --dataset {input.dataset}"
-        " --settings {params.settings} {params.options} --seed {params.seed} --output {output} 2>&1 | tee {log}"
+        "OMP_NUM_THREADS=1 python -m mia scores {params.features} --dataset {input.dataset}"
+        " --settings {params.settings} {params.options} --seed {params.seed} --workers {threads} --output {output} 2>&1 | tee {log}"
 
 
 rule evaluation:
     input:
         scores=rules.scores.output,
         dataset=ATTACKED,
+        blind=f"{RESULTS}/audit/attacked.scores.parquet",
+        controls=lambda wildcards: [
+            f"{RESULTS}/scores/{control}.parquet"
+            for control in CONTROLS
+            if control != wildcards.target
+        ],
     output:
         f"{RESULTS}/evaluation/{{target}}.parquet",
     log:
@@ -43,18 +49,7 @@ rule evaluation:
         version=version("evaluation"),
         seed=SEED,
         options=flags("evaluation", config["evaluation"]),
+        controls=lambda wildcards, input: repeated("--control", input.controls),
     shell:
-        "OMP_NUM_THREADS={threads} python -m mia evaluate --scores {input.scores} --dataset {input.dataset} {params.options}"
-        " --seed {params.seed} --output {output} 2>&1 | tee {log}"
-
-
-use rule evaluation as evaluation_blind with:
-    input:
-        scores=rules.audit.output,
-        dataset=audited,
-    output:
-        f"{RESULTS}/audit/{{split}}.parquet",
-    log:
-        f"{LOGS}/audit/{{split}}.evaluation.log",
-    benchmark:
-        f"{LOGS}/audit/{{split}}.evaluation.tsv"
+        "OMP_NUM_THREADS={threads} python -m mia evaluate --scores {input.scores} --dataset {input.dataset}"
+        " --blind {input.blind} {params.controls} {params.options} --seed {params.seed} --output {output} 2>&1 | tee {log}"

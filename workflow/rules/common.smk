@@ -31,6 +31,9 @@ ATTACKED = f"{RESULTS}/attacked/{SPLIT}.parquet"
 MODELS = config.get("train", {}).get("models", {})
 TARGETS = config["targets"]
 MAIN = next(name for name, target in TARGETS.items() if target["role"] == "main")
+CONTROLS = [
+    name for name, target in TARGETS.items() if target["role"] == "negative_control"
+]
 COMPARED = [name for name, target in TARGETS.items() if target["role"] != "checkpoint"]
 
 

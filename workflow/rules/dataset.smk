@@ -179,7 +179,9 @@ rule audit:
         images=all_shards("images/{shard}.parquet"),
         embeddings=all_shards("embeddings/{shard}.parquet"),
     output:
-        f"{RESULTS}/audit/{{split}}.scores.parquet",
+        metrics=f"{RESULTS}/audit/{{split}}.parquet",
+        scores=f"{RESULTS}/audit/{{split}}.scores.parquet",
+        telling=f"{RESULTS}/audit/{{split}}.telling.parquet",
     log:
         f"{LOGS}/audit/{{split}}.log",
     benchmark:
@@ -190,11 +192,12 @@ rule audit:
         mem_mb=4000,
         runtime=240,
     params:
-        version=version("audit"),
+        version=(version("audit"), version("evaluation")),
         seed=SEED,
         options=flags("audit", config["audit"]),
+        rates=flags("evaluation", config["evaluation"]),
         images=lambda wildcards, input: repeated("--images", input.images),
         embeddings=lambda wildcards, input: repeated("--embeddings", input.embeddings),
     shell:
         "OMP_NUM_THREADS={threads} python -m mia audit --dataset {input.dataset} {params.images} {params.embeddings}"
-        " {params.options} --seed {params.seed} --output {output} 2>&1 | tee {log}"
+        " {params.options} {params.rates} --seed {params.seed} --output {output.metrics} 2>&1 | tee {log}"

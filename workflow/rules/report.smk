@@ -1,6 +1,6 @@
 import json
 
-REPORT_VERSION = 1  # raise it when the report changes for the same tables
+REPORT_VERSION = 2  # raise it when the report changes for the same tables
 REPORT_FIGURES = {
     "roc": "Attacks",
     "controls": "Attacks",
@@ -13,8 +13,10 @@ REPORT_FIGURES = {
 REPORT_TABLES = {
     "attacks": "Attacks",
     "comparison": "Attacks",
+    "protocols": "Attacks",
     "all_metrics": "Attacks",
     "blind_audits": "Dataset",
+    "telling": "Dataset",
     "dropped": "Dataset",
     "sanitization_rounds": "Dataset",
     "dedup_recall": "Near-duplicates",
@@ -35,7 +37,7 @@ REPORT_WORDS = {
     "n": f"{SIDE} members and {SIDE} non-members, {100 - 100 * CUT.calibration_fraction:g} % of them in the test part",
     "fpr": f"{100 * RATES.fpr_targets[0]:g} % FPR",
     "all_fpr": " and ".join(f"{100 * rate:g} %" for rate in RATES.fpr_targets) + " FPR",
-    "intervals": f"{100 * RATES.confidence:g} % intervals from {RATES.bootstrap} bootstrap resamples of whole groups",
+    "intervals": f"{100 * RATES.confidence:g} % intervals from {RATES.bootstrap} Bayesian bootstrap resamples of whole groups",
     "draws": READ.draws,
     "steps": ", ".join(
         f"{name} {target['step']}"
@@ -70,6 +72,7 @@ rule report:
             split=["sanitized", "unsanitized", "attacked"],
         ),
         blind_scores=f"{RESULTS}/audit/attacked.scores.parquet",
+        telling=f"{RESULTS}/audit/attacked.telling.parquet",
         distance=expand(
             f"{RESULTS}/distance/{{split}}.parquet", split=["sanitized", "unsanitized"]
         ),
