@@ -23,6 +23,26 @@ SCHEMA = pathlib.Path(__file__).parent.parent / "workflow" / "schemas" / "config
 
 
 @dataclasses.dataclass(frozen=True)
+class SelectionOptions:
+    """Which rows of one source file stay: by cheap columns, language, and at most so many at random (0: all).
+
+    A row that lacks a value passes the filter on it. `languages` empty admits every language; `detect_language` detects
+    it in the caption even where the source names one.
+    """
+
+    version: ClassVar[int] = 1
+    languages: tuple[str, ...] = ()
+    detect_language: bool = False
+    min_aesthetic: float = -1e9
+    min_similarity: float = -1.0
+    max_punsafe: float = 1.0
+    max_pwatermark: float = 1.0
+    min_side_px: int = 0
+    max_aspect_ratio: float = 1e9
+    max_rows: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class MetadataOptions:
     """Which rows of the sources are worth a download. Empty `languages` admits every language."""
 
@@ -51,26 +71,50 @@ class ImagesOptions:
 class EmbeddingsOptions:
     """The open_clip model: `local-dir:FOLDER` or `hf-hub:NAME`, with its weights in safetensors."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     model: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class NeighboursOptions:
+    """How many of the nearest training images are kept, and from how many on the search may be approximate.
+
+    A job with more than `exact_below` vectors to search looks into `probes` of 1,024 cells only (faiss IVF). Then
+    `recall_queries` are searched exactly as well, and how often their nearest was found stands in the table's metadata.
+    """
+
+    version: ClassVar[int] = 1
+    k: int = 10
+    exact_below: int = 10_000_000
+    probes: int = 32
+    recall_queries: int = 500
 
 
 @dataclasses.dataclass(frozen=True)
 class DedupOptions:
     """A candidate closer than this to a member is a duplicate. Source: arXiv 2306.12983, L2 < 0.5 of unit CLIP."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     max_distance: float = 0.5
     max_hamming: int = 6
 
 
 @dataclasses.dataclass(frozen=True)
 class SanitizeOptions:
-    """Method, its strength, and how the finished dataset is cut. Source: `laion-mi/` of arXiv 2306.12983."""
+    """Method, its strength, and how the finished dataset is cut.
 
-    version: ClassVar[int] = 1
-    method: str = "paper"
+    `matched` and its `step`, `min_keep` and `caliper` are ours (`mia/matching.py`). `paper` is the authors' procedure
+    on chunks of members (`laion-mi/` of arXiv 2306.12983), `crossfitted` its classifiers for pools too small for that.
+    """
+
+    version: ClassVar[int] = 2
+    method: str = "matched"
     folds: int = 5
+    max_rounds: int = 15
+    step: float = 0.3
+    min_keep: float = 0.75
+    caliper: float = 0.25
+    chunk: int = 40_000
     keep_above: float = 0.5
     hidden_scale: float = 1.0
     batch_scale: float = 1.0
@@ -78,6 +122,14 @@ class SanitizeOptions:
     max_epochs: int = 100
     max_per_side: int = 0
     calibration_fraction: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class DistanceOptions:
+    """How many shufflings of the labels stand for chance."""
+
+    version: ClassVar[int] = 2
+    permutations: int = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,8 +225,10 @@ STAGES: dict[str, type] = {
     "metadata": MetadataOptions,
     "images": ImagesOptions,
     "embeddings": EmbeddingsOptions,
+    "neighbours": NeighboursOptions,
     "dedup": DedupOptions,
     "sanitize": SanitizeOptions,
+    "distance": DistanceOptions,
     "audit": AuditOptions,
     "train": TrainOptions,
     "latents": LatentsOptions,
@@ -182,7 +236,10 @@ STAGES: dict[str, type] = {
     "scores": ScoresOptions,
     "evaluation": EvaluationOptions,
 }
-COMMANDS = STAGES | {"infer": InferOptions}  # what stands alone has no section in config.yaml
+COMMANDS = STAGES | {
+    "selection": SelectionOptions,
+    "infer": InferOptions,
+}  # what stands alone has no section in config.yaml
 
 
 def load(path: object) -> dict[str, Any]:

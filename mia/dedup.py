@@ -8,19 +8,28 @@ service, and give every near-duplicate or same-caption group within the dataset 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from mia import search
 from mia.config import DedupOptions
+from mia.errors import UserError
 
-PAIRS = 2**23  # hashes compared at a time: some 100 MB
+PAIRS = 2**18  # hashes compared at a time: 2 MB, which caches hold
+AGAINST = {"candidate": ("member",), "control": ("member", "candidate")}  # what each pool is held against
+
+# Pairs that the authors judged by eye, by distance: low, high, share of true duplicates; 10 pairs x 10 candidates each.
+# Source: arXiv 2306.12983.
+CHECKED = ((0.0, 0.1, 1.0), (0.1, 0.2, 0.96), (0.2, 0.3, 0.64), (0.3, 0.4, 0.19), (0.4, 0.5, 0.08))
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Arrays over n samples: ids, pools, captions, unit embeddings float32[n, d], perceptual hashes uint64[n]."""
+    """Arrays over n samples: ids, pools, captions, embeddings float16 or float32[n, d], perceptual hashes uint64[n]."""
 
     ids: np.ndarray
     pools: np.ndarray
@@ -29,11 +38,22 @@ class Sample:
     phash: np.ndarray
 
 
-def nearest(queries: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Index and L2 distance of each query's nearest reference vector: int64[n], float64[n]. Exact, in blocks."""
-    from sklearn.metrics import pairwise_distances_argmin_min
+def against_own(
+    query_ids: np.ndarray, query_pools: np.ndarray, queries: np.ndarray, reference: search.Reference,
+    reference_pools: np.ndarray, find: Callable[[np.ndarray, search.Reference], search.Pairs],
+) -> list[pa.Table]:  # fmt: skip
+    """Neighbours of the queries among rows of our own dataset: a table for each pool that is held against others.
 
-    return pairwise_distances_argmin_min(queries.astype(np.float64), reference.astype(np.float64))
+    Candidates are held against members; control rows, which only a negative control trains on, against both. `find`
+    searches, for example `search.top_k` for some k. Vectors are float16 or float32[n, width], at any length but zero.
+    """
+    found = []
+    for pool, against in AGAINST.items():
+        asked, allowed = np.flatnonzero(query_pools == pool), np.isin(reference_pools, against)
+        if len(asked) and allowed.any():
+            some = search.only(reference, allowed)
+            found.append(search.neighbours(query_ids[asked], some, *find(queries[asked], some)))
+    return found
 
 
 def hamming_nearest(queries: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -52,20 +72,21 @@ def _hamming(queries: np.ndarray, reference: np.ndarray) -> Iterator[tuple[slice
         yield rows, np.bitwise_count(queries[rows, None] ^ reference[None, :])
 
 
-def deduplicate(samples: Sample, options: DedupOptions) -> pa.Table:
+def deduplicate(samples: Sample, options: DedupOptions, neighbours: pa.Table | None = None) -> pa.Table:
     """The duplicates table: for each sample its nearest reference, why it is dropped (or null), and its group.
 
-    Candidates are held against members; control rows, which only a negative control trains on, against both.
+    `neighbours` is what `mia neighbours` found for the candidates and control rows among all training images, merged
+    (see `search.merge`); without it our own members are searched here and now. Hashes are held against our own only.
     """
+    if neighbours is None:
+        neighbours = _own_neighbours(samples)
     n = len(samples.ids)
     near: dict[str, np.ndarray] = {
         "nearest_id": np.full(n, None, dtype=object), "distance": np.full(n, np.nan),
         "hamming": np.full(n, -1), "method": np.full(n, None, dtype=object), "reason": np.full(n, None, dtype=object),
     }  # fmt: skip
-    for pool, against in (("candidate", ("member",)), ("control", ("member", "candidate"))):
-        query, reference = np.flatnonzero(samples.pools == pool), np.flatnonzero(np.isin(samples.pools, against))
-        if len(query) and len(reference):
-            _mark(near, samples, query, reference, options)
+    _mark_by_distance(near, samples, neighbours, options)
+    _mark_by_hash(near, samples, options)
     kept = np.flatnonzero(near["reason"] == None)  # noqa: E711 - elementwise on an object array
     group = samples.ids.copy()
     group[kept] = groups(samples, kept, options)
@@ -83,39 +104,91 @@ def deduplicate(samples: Sample, options: DedupOptions) -> pa.Table:
     )
 
 
-def _mark(
-    near: dict[str, np.ndarray], samples: Sample, query: np.ndarray, reference: np.ndarray, options: DedupOptions
+def _own_neighbours(samples: Sample) -> pa.Table:
+    own = search.in_memory("embeddings", samples.ids, samples.embeddings)
+    find = functools.partial(search.top_k, k=1)
+    found = against_own(samples.ids, samples.pools, samples.embeddings, own, samples.pools, find)
+    return search.merge(found, 1)
+
+
+def _mark_by_distance(
+    near: dict[str, np.ndarray], samples: Sample, neighbours: pa.Table, options: DedupOptions
 ) -> None:
-    index, distance = nearest(samples.embeddings[query], samples.embeddings[reference])
-    hash_index, bits = hamming_nearest(samples.phash[query], samples.phash[reference])
-    by_clip, by_hash = distance < options.max_distance, bits <= options.max_hamming
-    near["nearest_id"][query] = samples.ids[reference[np.where(by_hash & ~by_clip, hash_index, index)]]
-    near["distance"][query], near["hamming"][query] = distance, bits
-    for found, method in ((by_hash, "phash"), (by_clip, "clip"), (by_clip & by_hash, "clip+phash")):
-        near["method"][query[found]] = method
-        near["reason"][query[found]] = "near-duplicate"
+    first = neighbours.filter(pc.equal(neighbours["rank"], 1))
+    row = pc.index_in(first["sample_id"], pa.array(samples.ids, pa.string()))
+    if row.null_count:
+        alien = first.filter(pc.is_null(row))["sample_id"][0].as_py()
+        raise UserError("a neighbours table has a sample that the embeddings lack", alien, "make both from one run")
+    rows = row.to_numpy()
+    near["distance"][rows] = first["distance"].to_numpy()
+    near["nearest_id"][rows] = first["reference_id"].to_pylist()
+    found = near["distance"] < options.max_distance
+    near["method"][found], near["reason"][found] = "clip", "near-duplicate"
+
+
+def _mark_by_hash(near: dict[str, np.ndarray], samples: Sample, options: DedupOptions) -> None:
+    for pool, against in AGAINST.items():
+        query, reference = np.flatnonzero(samples.pools == pool), np.flatnonzero(np.isin(samples.pools, against))
+        if not len(query) or not len(reference):
+            continue
+        index, bits = hamming_nearest(samples.phash[query], samples.phash[reference])
+        near["hamming"][query] = bits
+        by_hash, by_clip = bits <= options.max_hamming, near["method"][query] == "clip"
+        near["method"][query[by_hash]] = np.where(by_clip[by_hash], "clip+phash", "phash")
+        near["reason"][query[by_hash]] = "near-duplicate"
+        only = by_hash & ~by_clip
+        near["nearest_id"][query[only]] = samples.ids[reference[index[only]]]
 
 
 def groups(samples: Sample, rows: np.ndarray, options: DedupOptions) -> np.ndarray:
     """For each of `rows` the smallest sample id among those linked to it by look-alike images or one caption."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-    from sklearn.neighbors import NearestNeighbors
+    linked = search.Components(len(rows))
+    search.link_near(linked, samples.embeddings[rows], options.max_distance)
+    search.link_hashes(linked, samples.phash[rows], options.max_hamming)
+    first: dict[str, int] = {}
+    captions = (caption.casefold() for caption in samples.captions[rows])
+    same = np.fromiter((first.setdefault(c, i) for i, c in enumerate(captions)), np.int64, len(rows))
+    linked.link(np.arange(len(rows)), same)
+    label = linked.labels()
+    by_id = np.argsort(samples.ids[rows], kind="stable")
+    _, smallest, which = np.unique(label[by_id], return_index=True, return_inverse=True)
+    names = np.empty(len(rows), dtype=object)
+    names[by_id] = samples.ids[rows][by_id[smallest[which]]]
+    return names
 
-    ids, n = samples.ids[rows], len(rows)
-    search = NearestNeighbors(algorithm="brute", radius=options.max_distance).fit(
-        samples.embeddings[rows].astype(np.float64)
-    )
-    linked = search.radius_neighbors_graph(mode="distance").tocoo()
-    close = linked.data < options.max_distance
-    _, caption = np.unique([c.casefold() for c in samples.captions[rows]], return_inverse=True)
-    _, first = np.unique(caption, return_index=True)
-    hashes = samples.phash[rows]
-    blocks = [np.argwhere(bits <= options.max_hamming) + (block.start, 0) for block, bits in _hamming(hashes, hashes)]
-    alike = np.concatenate(blocks)
-    row = np.concatenate([linked.row[close], np.arange(n), alike[:, 0]])
-    column = np.concatenate([linked.col[close], first[caption], alike[:, 1]])
-    _, component = connected_components(coo_array((np.ones(len(row)), (row, column)), shape=(n, n)), directed=False)
-    order = np.argsort(ids, kind="stable")
-    smallest = {component[i]: ids[i] for i in reversed(order)}
-    return np.array([smallest[c] for c in component], dtype=object)
+
+def threshold_curve(duplicates: pa.Table) -> pa.Table:
+    """What other distance thresholds would drop: threshold, within, dropped, true_duplicates; 0.05 to 1 in steps.
+
+    `within` counts candidates nearer than the threshold, `dropped` those and the ones that the hash finds. Of `within`,
+    `true_duplicates` are expected to be copies by the paper's check; null above 0.5, where nothing was checked.
+    """
+    distance, by_hash = _candidates(duplicates)
+    rows = []
+    for threshold in np.arange(1, 21) / 20:
+        near = distance < threshold
+        true = _expected(distance[near]) if threshold <= CHECKED[-1][1] else None
+        rows.append((float(threshold), int(near.sum()), int((near | by_hash).sum()), true))
+    names = ("threshold", "within", "dropped", "true_duplicates")
+    return pa.table(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)))
+
+
+def checked_bins(duplicates: pa.Table) -> pa.Table:
+    """Candidates in the bins the authors checked: low, high, share, candidates, true_duplicates (expected)."""
+    distance, _ = _candidates(duplicates)
+    counts = [int(((distance >= low) & (distance < high)).sum()) for low, high, _ in CHECKED]
+    low, high, share = (list(column) for column in zip(*CHECKED, strict=True))
+    true = [count * part for count, part in zip(counts, share, strict=True)]
+    return pa.table({"low": low, "high": high, "share": share, "candidates": counts, "true_duplicates": true})
+
+
+def _candidates(duplicates: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Distance, float64[n_candidates], infinite where there is none, and whether the hash finds a member, bool."""
+    rows = duplicates.filter(pc.equal(duplicates["pool"], "candidate"))
+    by_hash = pc.fill_null(pc.match_substring(rows["method"], "phash"), False)
+    return pc.fill_null(rows["distance"], np.inf).to_numpy(), by_hash.to_numpy()
+
+
+def _expected(distance: np.ndarray) -> float:
+    edges = np.array([low for low, _, _ in CHECKED])
+    return float(np.array([share for *_, share in CHECKED])[np.searchsorted(edges, distance, side="right") - 1].sum())

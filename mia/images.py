@@ -2,6 +2,9 @@
 
 URLs come from strangers. An address inside the machine or its network is refused after name resolution and at every
 redirect, sizes are capped before memory is spent, and only Pillow's readers for web formats ever see the bytes.
+
+Bytes wait in a spool, a file if the caller gives one, until the whole shard is known and its rows can leave in order: a
+slow host holds nobody up, and memory does not grow with the images.
 """
 
 from __future__ import annotations
@@ -10,16 +13,21 @@ import asyncio
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
+import datetime
+import email.utils
 import errno
 import hashlib
+import io
 import ipaddress
 import logging
+import math
 import pathlib
 import re
 import socket
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from typing import Any, BinaryIO, TypeVar
 
 import aiohttp
 import imagehash
@@ -39,12 +47,17 @@ ROBOT = "mia"  # the name by which an X-Robots-Tag can address us alone
 OPT_OUT = frozenset({"noai", "noimageai", "noindex", "noimageindex"})  # Source: img2dataset, its default directives
 ATTEMPTS = 3
 BACKOFF_S = 0.25  # before the second attempt, doubled before each later one; no jitter, so that runs are alike
-PER_HOST = 8  # simultaneous requests to one host, for courtesy
+LONGEST_REST_S = 60.0  # a host that asks (Retry-After) for a longer rest is left alone until the next run
+GROUP_ROWS, GROUP_BYTES = 1024, 2**24  # a batch ends with the row that reaches either
+FEW = 10  # of so few rows every host may well be gone. Source: 6-15 % unreachable in published img2dataset statistics
 DECODERS = 4  # threads; each may hold one image of `max_pixels` several times over
 DNS_CACHE_S = 300
 KEEP_ALIVE_S = 2.0  # idle connections to thousands of hosts would use up the file descriptors
 MAX_HEADER_BYTES = 65_536  # aiohttp's 8 KiB is less than some security-policy headers
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
+
+TRANSIENT = frozenset({"timeout", "connection", "dns", "http_5xx"})
+_PASSING = frozenset({408, 425, 429})  # too slow, too early, too many: of the 4xx, those that invite another attempt
 
 _HOST = re.compile(r"[a-zA-Z0-9._:%-]+")  # as yarl leaves it: lower case, international names encoded
 # What the library takes for public: Oracle's metadata service and its kin in the IETF protocol block, Azure's host
@@ -57,83 +70,215 @@ _VALUED_DIRECTIVES = frozenset({"unavailable_after", "max-snippet", "max-image-p
 _NO_SUCH_FILE = frozenset({errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
 
 _T = TypeVar("_T")
-_Row = dict[str, Any]
+_Row = Mapping[str, Any]  # the columns of an image but for its id; a span of the spool stands for `bytes`
+_UNFINISHED: _Row = {"status": "timeout", "detail": "not finished before the deadline of the shard"}
 
 
 class _TransientError(ImageError):
-    """A cause that may pass: another attempt is worth its while."""
+    """A cause that may pass: another attempt is worth its while, after the rest in seconds that the host asked for."""
+
+    def __init__(self, status: str, detail: str, rest_s: float = 0.0) -> None:
+        super().__init__(status, detail)
+        self.rest_s = rest_s
 
 
-def fetch(
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """How fast and how long to ask. Changes no row of a server that answers in time.
+
+    `concurrency`: images in flight at once, all hosts together. `per_host`: of them, at one host; requests there start
+    at least `host_delay_s` apart. `timeout_s`: for one attempt at one URL, with name lookup and redirects, without the
+    wait for a turn at its host. `deadline_s`: for all rows; those unfinished by then are `timeout`.
+    """
+
+    concurrency: int = 32
+    timeout_s: float = 30.0
+    deadline_s: float = math.inf
+    per_host: int = 8
+    host_delay_s: float = 0.0
+
+
+def fetch(metadata: pa.Table, options: ImagesOptions, *, root: pathlib.Path = pathlib.Path(), **pace: Any) -> pa.Table:
+    """All that `stream` yields, as one table in memory; `pace` are the fields of `Pace`."""
+    batches = stream(metadata, options, Pace(**pace), root=root)
+    return pa.Table.from_batches(batches, schema=tables.SCHEMAS["images"])
+
+
+def stream(
     metadata: pa.Table,
     options: ImagesOptions,
+    pace: Pace,
     *,
-    concurrency: int = 32,
-    timeout_s: float = 30.0,
     root: pathlib.Path = pathlib.Path(),
-) -> pa.Table:
-    """An `images` table with one row for each row of `metadata`, in its order; only `sample_id` and `url` are read.
+    previous: Iterable[pa.RecordBatch] = (),
+    spool: BinaryIO | None = None,
+) -> Iterator[pa.RecordBatch]:
+    """An `images` table in batches, one row for each row of `metadata`, in its order.
 
     A row that is not `ok` says why in `status` and `detail` and is null elsewhere. `bytes` and `sha256` are of the
     image as received, `width`, `height` and `format` (lower case) are what Pillow found, `phash` is the 64-bit
-    perceptual hash of the image as RGB on white. `concurrency`, `timeout_s` and the order of rows change no row of a
-    server that answers in time. Memory: the table, `concurrency` downloads of at most `options.max_bytes` (for a moment
-    twice that) and four decoded images.
+    perceptual hash of the image as RGB on white. Neither the pace nor the order of rows changes a row of a server that
+    answers in time, and where batches end depends on the rows alone. The first batch comes after the last download.
+
+    Memory: about 1 KiB for each row, one batch, `concurrency` downloads of at most `options.max_bytes` (for a moment
+    twice that) and four decoded images; and all bytes, unless `spool` is a file.
 
     Args:
-        metadata: `sample_id` and `url`; `file:` URLs are taken relative to `root`, and only if the options allow them.
+        metadata: `sample_id` and `url` are read; `file:` URLs start from `root`, and count only if the options allow.
         options: what may be fetched, and the caps on bytes, pixels and redirects.
-        concurrency: images in flight at once, all hosts together; at most 8 of them at one host.
-        timeout_s: for one attempt at one URL, with name lookup and redirects, without the wait for a turn at its host.
+        pace: how fast and how long to ask.
         root: the folder that relative `file:` URLs start from.
+        previous: rows of an earlier run with these options. Those that are final (`is_final`) are taken over, the
+            others fetched again.
+        spool: an empty file for the bytes until they leave, open for reading and writing, unbuffered: a full disk then
+            shows at once and not when the file is closed.
 
     Raises:
-        UserError: the machine ran out of file descriptors.
+        UserError: no host could be reached, the machine ran out of file descriptors, or the spool's disk is full.
     """
-    urls = metadata["url"].to_pylist()
-    rows = asyncio.run(_fetch_all(urls, options, concurrency, timeout_s, root))
+    ids, urls = metadata["sample_id"].to_pylist(), metadata["url"].to_pylist()
+    store = _Spool(io.BytesIO() if spool is None else spool)
+    rows: list[_Row] = [_UNFINISHED] * len(urls)
+    taken = _take_over(previous, ids, rows, store)
+    if taken:
+        logger.info("%d of %d rows are taken over", len(taken), len(rows))
+    todo = {index: url for index, url in enumerate(urls) if index not in taken}
+    asyncio.run(_fetch_all(todo, rows, store, options, pace, root))
     counts = collections.Counter(row["status"] for row in rows)
     logger.info("%d images: %s", len(rows), ", ".join(f"{count} {status}" for status, count in sorted(counts.items())))
-    return _table(metadata["sample_id"].to_pylist(), rows, options.max_bytes)
+    _refuse_if_cut_off(rows)
+    if rows and not counts["ok"]:
+        logger.warning("not one image is left: later stages will have nothing to work on")
+    yield from _batches(ids, rows, store)
 
 
-def _table(ids: list[str], rows: list[_Row], max_bytes: int) -> pa.Table:
-    """The rows as a table. Takes them out of `rows` as it goes, or every image would be held twice."""
+def is_final(status: str, detail: str) -> bool:
+    """Whether a later run would find the same, as far as anyone can tell: only other causes are worth another try."""
+    return status not in TRANSIENT and detail not in {f"HTTP {code}" for code in _PASSING}
+
+
+def probe_rows(metadata: pa.Table, count: int = 20) -> pa.Table:
+    """`count` rows that stand for all, the pools in equal numbers as far as they reach.
+
+    They are those with the lowest ids of each pool. Ids are hashes, so they are drawn at random, yet always the same.
+    """
+    ids, pools = metadata["sample_id"].to_pylist(), metadata["pool"].to_pylist()
+    nth: collections.Counter[str] = collections.Counter()
+    turns = []
+    for index in sorted(range(len(ids)), key=ids.__getitem__):
+        turns.append((nth[pools[index]], pools[index], index))
+        nth[pools[index]] += 1
+    return metadata.take(sorted(index for *_, index in sorted(turns)[:count]))
+
+
+class _Spool:
+    """Bytes set down in the order they come and picked up in another."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.end = file, 0
+
+    def put(self, data: bytes) -> tuple[int, int]:
+        """Where the bytes went: offset and length."""
+        span = self.end, len(data)
+        with _a_place_on_disk():
+            self.file.seek(self.end)
+            if self.file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, "No space left on device")
+        self.end += len(data)
+        return span
+
+    def get(self, span: tuple[int, int]) -> bytes:
+        with _a_place_on_disk():
+            self.file.seek(span[0])
+            return self.file.read(span[1])
+
+
+@contextlib.contextmanager
+def _a_place_on_disk() -> Iterator[None]:
+    try:
+        yield
+    except OSError as problem:
+        fix = "free space beside the output and start again; no shard is half-written"
+        raise UserError("images cannot be kept on disk", problem.strerror or "", fix) from problem
+
+
+def _take_over(previous: Iterable[pa.RecordBatch], ids: list[str], rows: list[_Row], store: _Spool) -> set[int]:
+    """Puts the final ones among earlier rows into `rows`; their indices there."""
+    index_of = {name: index for index, name in enumerate(ids)}
+    taken = set()
+    for batch in previous:
+        for row in batch.to_pylist():
+            index = index_of.get(row.pop("sample_id"))
+            if index is not None and is_final(row["status"], row["detail"]):
+                rows[index] = _set_down(row, store)
+                taken.add(index)
+    return taken
+
+
+def _set_down(row: _Row, store: _Spool) -> _Row:
+    return row if row.get("bytes") is None else {**row, "bytes": store.put(row["bytes"])}
+
+
+def _batches(ids: list[str], rows: list[_Row], store: _Spool) -> Iterator[pa.RecordBatch]:
+    """The rows with their bytes, of a batch at a time."""
     schema = tables.SCHEMAS["images"]
-    step = max(1, 2**30 // max_bytes)  # one chunk of a binary column holds less than 2 GiB
-    batches = []
-    for start in range(0, len(ids), step):
-        part = slice(start, start + step)
-        chunk = [{"sample_id": name, **row} for name, row in zip(ids[part], rows[part], strict=True)]
-        batches.append(pa.RecordBatch.from_pylist(chunk, schema=schema))
-        rows[part] = [{}] * len(chunk)
-    return pa.Table.from_batches(batches, schema=schema)
+    batch: list[_Row] = []
+    held = 0
+    for name, row in zip(ids, rows, strict=True):
+        data = None if row.get("bytes") is None else store.get(row["bytes"])
+        batch.append({"sample_id": name, **row, "bytes": data})
+        held += len(data or b"")
+        if len(batch) == GROUP_ROWS or held >= GROUP_BYTES:
+            yield pa.RecordBatch.from_pylist(batch, schema=schema)
+            batch, held = [], 0
+    if batch:
+        yield pa.RecordBatch.from_pylist(batch, schema=schema)
+
+
+def _refuse_if_cut_off(rows: list[_Row]) -> None:
+    """Links die one by one. When no host can be reached at all it is this machine, and links would be blamed for it."""
+    causes = {row["status"] for row in rows}
+    if len(rows) >= FEW and causes <= {"dns", "connection", "timeout"}:
+        what = f"none of {len(rows)} images could be fetched ({', '.join(sorted(causes))}): the network is down"
+        raise UserError(what, rows[0]["detail"], "mend the connection, name lookup or firewall, or allow more time")
 
 
 async def _fetch_all(
-    urls: list[str], options: ImagesOptions, concurrency: int, timeout_s: float, root: pathlib.Path
-) -> list[_Row]:
+    todo: dict[int, str], rows: list[_Row], store: _Spool, options: ImagesOptions, pace: Pace, root: pathlib.Path
+) -> None:
+    """Fills in `rows` by index, from the URLs in `todo`, until the deadline."""
     # Name lookups block a thread each and may take seconds: on threads of their own they never hold up decoding.
-    lookups = concurrent.futures.ThreadPoolExecutor(concurrency, "lookup")
+    lookups = concurrent.futures.ThreadPoolExecutor(pace.concurrency, "lookup")
     asyncio.get_running_loop().set_default_executor(lookups)
-    rows: list[_Row] = [{} for _ in urls]
-    todo = iter(enumerate(urls))
+    queue = iter(todo.items())
 
     async def work(fetcher: _Fetcher) -> None:
-        for index, url in todo:  # shared by all workers: each takes the next
-            rows[index] = await fetcher.row(url)
+        for index, url in queue:  # shared by all workers: each takes the next
+            rows[index] = _set_down(await fetcher.row(url), store)
 
     with concurrent.futures.ThreadPoolExecutor(DECODERS, "decode") as decoders:
         guard = _GuardedResolver(options.allow_private_hosts)
-        async with _session(guard, concurrency) as session:
-            fetcher = _Fetcher(options, timeout_s, root, session, guard, decoders)
+        async with _session(guard, pace.concurrency) as session:
+            fetcher = _Fetcher(options, pace, root, session, guard, decoders)
             try:
-                async with asyncio.TaskGroup() as group:
-                    for _ in range(min(concurrency, len(urls))):
+                async with _until(pace.deadline_s), asyncio.TaskGroup() as group:
+                    for _ in range(min(pace.concurrency, len(todo))):
                         group.create_task(work(fetcher))
             except ExceptionGroup as several:
                 raise several.exceptions[0] from None  # the first to fail stops the others
-    return rows
+
+
+@contextlib.asynccontextmanager
+async def _until(deadline_s: float) -> AsyncIterator[None]:
+    """Stops the block at the deadline, without an error."""
+    clock = asyncio.timeout(None if math.isinf(deadline_s) else deadline_s)
+    try:
+        async with clock:
+            yield
+    except TimeoutError:
+        if not clock.expired():
+            raise
+        logger.warning("the deadline of %g s has passed; rows not finished can be fetched by another run", deadline_s)
 
 
 def _session(guard: _GuardedResolver, concurrency: int) -> aiohttp.ClientSession:
@@ -143,7 +288,7 @@ def _session(guard: _GuardedResolver, concurrency: int) -> aiohttp.ClientSession
     training sets did: a server that could choose might send another encoding of the picture.
     """
     connector = aiohttp.TCPConnector(
-        limit=concurrency,  # `_Fetcher.turns` limits each host
+        limit=concurrency,  # `_Host` limits each host
         resolver=guard,
         ttl_dns_cache=DNS_CACHE_S,
         keepalive_timeout=KEEP_ALIVE_S,
@@ -158,21 +303,47 @@ def _session(guard: _GuardedResolver, concurrency: int) -> aiohttp.ClientSession
     )
 
 
+class _Host:
+    """The turns at one host: so many at once, and a pause between the starts of two."""
+
+    def __init__(self, pace: Pace) -> None:
+        self.slots, self.delay_s, self.free_at = asyncio.Semaphore(pace.per_host), pace.host_delay_s, 0.0
+        self.clock = asyncio.get_running_loop().time
+        self.closed: _TransientError | None = None
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        async with self.slots:
+            while (wait_s := self.free_at - self.clock()) > 0:  # others may have moved it meanwhile
+                await asyncio.sleep(wait_s)
+            if self.closed:
+                raise _TransientError(self.closed.status, self.closed.detail, self.closed.rest_s)
+            self.free_at = self.clock() + self.delay_s
+            yield
+
+    def rest(self, problem: _TransientError) -> None:
+        """Gives the host the rest it asked for; when that is too long, no row of this run asks again."""
+        if problem.rest_s > LONGEST_REST_S:
+            self.closed = problem
+        else:
+            self.free_at = max(self.free_at, self.clock() + problem.rest_s)
+
+
 class _Fetcher:
     """One run: the session, the threads that decode, and the turns at each host."""
 
     def __init__(
         self,
         options: ImagesOptions,
-        timeout_s: float,
+        pace: Pace,
         root: pathlib.Path,
         session: aiohttp.ClientSession,
         guard: _GuardedResolver,
         decoders: concurrent.futures.Executor,
     ) -> None:
-        self.options, self.timeout_s, self.root = options, timeout_s, root
+        self.options, self.pace, self.root = options, pace, root
         self.session, self.guard, self.decoders = session, guard, decoders
-        self.turns: dict[str | None, asyncio.Semaphore] = collections.defaultdict(lambda: asyncio.Semaphore(PER_HOST))
+        self.hosts: dict[str | None, _Host] = collections.defaultdict(lambda: _Host(pace))
 
     async def row(self, url: str) -> _Row:
         """The columns of one image, or its status and detail."""
@@ -193,19 +364,26 @@ class _Fetcher:
         for attempt in range(1, ATTEMPTS):
             try:
                 return await self._attempt(url)
-            except _TransientError:
+            except _TransientError as problem:
+                if problem.rest_s > LONGEST_REST_S:
+                    raise
                 await asyncio.sleep(BACKOFF_S * 2 ** (attempt - 1))
         return await self._attempt(url)
 
     async def _attempt(self, url: str) -> bytes:
         """The body at the end of the redirects."""
         target = _parsed(url)
-        clock, left_s = asyncio.get_running_loop().time, self.timeout_s
+        clock, left_s = asyncio.get_running_loop().time, self.pace.timeout_s
         for _ in range(self.options.max_redirects + 1):
             self._refuse_unless_http(target)
-            async with self.turns[target.raw_host]:  # the wait is no fault of the server's, so the clock stands
+            host = self.hosts[target.raw_host]
+            async with host.turn():  # the wait is no fault of the server's, so the clock stands
                 started = clock()
-                answer = await self._get(target, left_s)
+                try:
+                    answer = await self._get(target, left_s)
+                except _TransientError as problem:
+                    host.rest(problem)
+                    raise
                 left_s -= clock() - started
             if isinstance(answer, bytes):
                 return answer
@@ -226,9 +404,8 @@ class _Fetcher:
         """The body behind one URL, or the text of its redirect."""
         with _causes_told_apart():
             async with asyncio.timeout(timeout_s), self.session.get(target, allow_redirects=False) as response:
-                _check_status(response.status)
-                if _opted_out(response.headers.getall("X-Robots-Tag", [])):
-                    raise ImageError("opted_out", "X-Robots-Tag")
+                _check_status(response.status, response.headers.get("Retry-After", ""))
+                _check_consent(response)
                 if response.status not in REDIRECTS:
                     return await self._body(response)
                 if "Location" not in response.headers:
@@ -269,13 +446,32 @@ def _causes_told_apart() -> Iterator[None]:
         raise _TransientError("connection", "answer cut short or malformed") from problem
 
 
-def _check_status(status: int) -> None:
+def _check_status(status: int, retry_after: str) -> None:
     if 500 <= status < 600:
-        raise _TransientError("http_5xx", f"HTTP {status}")
-    if status == 429:
-        raise _TransientError("http_4xx", f"HTTP {status}")
+        raise _TransientError("http_5xx", f"HTTP {status}", _rest_s(retry_after))
+    if status in _PASSING:
+        raise _TransientError("http_4xx", f"HTTP {status}", _rest_s(retry_after))
     if status >= 400:  # above 599 too: some sites turn robots away with 999
         raise ImageError("http_4xx", f"HTTP {status}")
+
+
+def _rest_s(retry_after: str) -> float:
+    """Seconds that the header asks for; 0 for none, or what is neither a number nor a date. Source: RFC 9110, 10.2.3"""
+    if re.fullmatch(r"[0-9]{1,9}", retry_after):
+        return float(retry_after)
+    try:
+        asked = email.utils.parsedate_to_datetime(retry_after)
+        return max(0.0, (asked - datetime.datetime.now(datetime.UTC)).total_seconds())
+    except (ValueError, TypeError):  # no date, or a date without a zone
+        return 0.0
+
+
+def _check_consent(response: aiohttp.ClientResponse) -> None:
+    """Whoever reserves an image, by X-Robots-Tag or by the TDM Reservation Protocol (W3C), keeps it."""
+    if _opted_out(response.headers.getall("X-Robots-Tag", [])):
+        raise ImageError("opted_out", "X-Robots-Tag")
+    if response.headers.get("TDM-Reservation", "").strip() == "1":
+        raise ImageError("opted_out", "TDM-Reservation")
 
 
 def _opted_out(headers: list[str]) -> bool:

@@ -6,6 +6,7 @@ A *source* is a diffusers folder or a hub name; a *target* is a source whose par
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import pathlib
@@ -246,20 +247,18 @@ def encoder(model: str, on: torch.device) -> tuple[Any, Any, Any, str]:
     """An open_clip model in evaluation mode, its image preprocessing, its tokenizer, and the hash of its weights.
 
     Args:
-        model: `local-dir:FOLDER` or `hf-hub:NAME`. open_clip's own tags are refused: their weights may be pickles.
+        model: `local-dir:FOLDER`, `hf-hub:NAME`, or `tag:ARCHITECTURE/TAG`, one of open_clip's own names, such as
+            `tag:ViT-L-14/openai`. A name stands for the repository on the hub where open_clip keeps these weights;
+            what the name says beside, as the activation, is the repository's own configuration's to say. The hub's
+            names may end in `@REVISION`.
 
     Raises:
-        UserError: no such model or folder, or no safetensors in it.
+        UserError: no such model or folder, or no safetensors in it: weights that might be pickles are not even fetched.
     """
     ensure_torchvision()
     import open_clip
 
-    kind, _, name = model.partition(":")
-    if kind not in ("local-dir", "hf-hub") or not name:
-        raise UserError(
-            f"encoder '{model}' is of no known kind", "embeddings.model", "use local-dir:FOLDER or hf-hub:NAME"
-        )
-    folder = pathlib.Path(name) if kind == "local-dir" else _snapshot(name, "", ["*.safetensors"], "embeddings.model")
+    folder = _encoder_folder(model)
     if not (folder / "open_clip_config.json").is_file() or not list(folder.glob("*.safetensors")):
         raise UserError("folder holds no open_clip model", folder, "it needs open_clip_config.json and safetensors")
     source = f"local-dir:{folder.resolve()}"
@@ -269,6 +268,52 @@ def encoder(model: str, on: torch.device) -> tuple[Any, Any, Any, str]:
     except (RuntimeError, OSError, ValueError) as problem:
         raise UserError(f"open_clip cannot load the encoder ({problem})", folder, "fetch it anew") from problem
     return net.eval().requires_grad_(False).to(on), preprocess, tokenize, state_hash(net)
+
+
+def _encoder_folder(model: str) -> pathlib.Path:
+    kind, _, name = model.partition(":")
+    if kind not in ("local-dir", "hf-hub", "tag") or not name:
+        raise UserError(
+            f"encoder '{model}' is of no known kind", "embeddings.model",
+            "use local-dir:FOLDER, hf-hub:NAME or tag:ARCHITECTURE/TAG",
+        )  # fmt: skip
+    if kind == "local-dir":
+        return pathlib.Path(name)
+    name, _, revision = name.partition("@")
+    source = name if kind == "hf-hub" else _hub_name(name)
+    return _snapshot(source, revision, ["*.safetensors"], "embeddings.model")
+
+
+def _hub_name(name: str) -> str:
+    """The hub's repository where open_clip keeps the weights that it calls `name`."""
+    import open_clip
+
+    known = [f"{architecture}/{tag}" for architecture, tag in open_clip.list_pretrained()]
+    if name not in known:
+        near = ", ".join(difflib.get_close_matches(name, known, 3)) or "a name that open_clip lists"
+        raise UserError(f"open_clip knows no '{name}'", "embeddings.model", f"use {near}")
+    repository, _, file = open_clip.get_pretrained_cfg(*name.split("/"))["hf_hub"].rpartition("/")
+    if not repository or file.endswith((".bin", ".pt")):  # a file of its own is a pickle
+        raise UserError(f"'{name}' is not kept as safetensors", "embeddings.model", "use another, or convert a copy")
+    return repository
+
+
+def encoder_card(net: torch.nn.Module) -> dict[str, Any]:
+    """What an open_clip model's vectors depend on beside its weights, for an output's provenance.
+
+    `activation`: `gelu`, `gelu_tanh` or `quick_gelu`, and where the towers differ both; weights trained with one load
+    with any, and give other vectors. `preprocess`: size, mean, std, interpolation, resize_mode and so on.
+    """
+    found = set()
+    for module in net.modules():
+        name = type(module).__name__
+        if name == "QuickGELU":
+            found.add("quick_gelu")
+        elif "GELU" in name:
+            found.add("gelu_tanh" if getattr(module, "approximate", "none") == "tanh" else "gelu")
+    preprocess = dict(net.visual.preprocess_cfg)  # type: ignore[arg-type, union-attr]
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in preprocess.items()}
+    return {"activation": "+".join(sorted(found)), "preprocess": plain}
 
 
 def state_hash(net: torch.nn.Module) -> str:

@@ -51,7 +51,9 @@ def build(results: Results) -> Report:
 TABLES: dict[str, Callable[[Results], pl.DataFrame]] = {
     "attacks": summary.attacks, "comparison": summary.comparison, "protocols": summary.protocols,
     "all_metrics": summary.all_metrics, "blind_audits": summary.blind_audits, "telling": summary.telling,
-    "dropped": summary.dropped, "sanitization_rounds": summary.rounds,
+    "attrition": lambda results: results.attrition, "dedup_thresholds": lambda results: results.thresholds,
+    "dedup_checked_bins": lambda results: results.checked_bins, "dropped": summary.dropped,
+    "sanitization_rounds": summary.rounds,
     "dedup_recall": summary.dedup_recall, "dedup_methods": summary.dedup_methods, "targets": summary.target_rows,
     "settings": summary.settings_used, "provenance": summary.provenance,
 }  # fmt: skip

@@ -98,7 +98,7 @@ def permutation(
     starts = [_tie_starts(scores[orders[:, c], c]) for c in range(scores.shape[1])]
     out = np.empty((permutations, scores.shape[1], 1 + len(targets)))
     done = 0
-    for labels in _shuffled(member, group, permutations, generator):
+    for labels in shuffled(member, group, permutations, generator):
         rows = slice(done, done + len(labels))
         out[rows, :, 0] = (labels.astype(np.float64) @ ranks - n * (n + 1) / 2) / (n * m)
         for c, start in enumerate(starts):
@@ -114,9 +114,7 @@ def _tie_starts(ordered: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate(np.where(new, np.arange(len(ordered)), 0))
 
 
-def _shuffled(
-    member: np.ndarray, group: np.ndarray, count: int, generator: np.random.Generator
-) -> Iterator[np.ndarray]:
+def shuffled(member: np.ndarray, group: np.ndarray, count: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
     """Chunks of shuffled labels, bool[rows, n], `count` rows in all."""
     _, code, sizes = np.unique(group, return_inverse=True, return_counts=True)
     by_group = np.argsort(code, kind="stable")

@@ -1,9 +1,10 @@
 """From deduplicated pools to a dataset whose members and non-members cannot be told apart by their captions.
 
-Method `paper` (arXiv 2306.12983, `laion-mi/`): three rounds; in each a bigger classifier learns members from
-non-members on the text encoder's states, and only members it takes for non-members stay. The authors spend fresh chunks
-of 40 000 members on training in every round; here each round is cross-fitted (a member is judged by a classifier
-that never saw it), so that pools of thousands do as well as pools of millions.
+Method `matched`, ours, stands in `mia/matching.py`; method `paper` (arXiv 2306.12983, `laion-mi/`), which spends fresh
+chunks of 40 000 members on every classifier, in `mia/paper_sanitizer.py`. Here is `crossfitted`: the paper's three
+rounds, in each of which a bigger classifier learns members from non-members on the text encoder's states and only
+members it takes for non-members stay, but each round cross-fitted (a member is judged by a classifier that never saw
+it), so that pools of thousands do as well as pools of millions.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mia.errors import UserError
 
 log = logging.getLogger(__name__)
 
-METHODS = ("paper", "none")
+METHODS = ("matched", "crossfitted", "paper", "none")
 MIN_BATCH = 64  # however small `batch_scale`
 
 

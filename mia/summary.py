@@ -53,6 +53,8 @@ class Results:
             of the sanitized split that are attacked.
         telling: what told members from non-members without a model on the attacked samples, most telling first.
         vectors: for each space the CLIP embeddings, float32[n, d], of the samples `vector_ids`.
+        thresholds, checked_bins: what other distances would drop, and the paper's human check: see `dedup`.
+        attrition, survival: statuses of downloads by pool, and whether a live link predicts membership.
         planted: candidate_id, member_id, transform, same_caption; None when there is no such truth.
         made: what each stage's table says of its own making, by stage.
     """
@@ -68,8 +70,12 @@ class Results:
     vector_ids: np.ndarray
     vectors: dict[str, np.ndarray]
     duplicates: pl.DataFrame
+    thresholds: pl.DataFrame
+    checked_bins: pl.DataFrame
     planted: pl.DataFrame | None
     dropped: pl.DataFrame
+    attrition: pl.DataFrame
+    survival: dict[str, Any]
     made: dict[str, dict[str, Any]]
 
     @property
@@ -308,7 +314,16 @@ def placed(column: str, order: Sequence[str]) -> pl.Expr:
 def rounds(results: Results) -> pl.DataFrame:
     """Sanitization's rounds: round, members in, members kept, non-members, and the classifier's cross-fitted AUC."""
     kinds = dict.fromkeys(("round", "members_in", "members_kept", "nonmembers"), pl.Int64()) | {"auc": pl.Float64()}
-    return pl.DataFrame(results.rounds.get("rounds", []), schema=kinds)
+    rows = []
+    for one in results.rounds.get("rounds", []):
+        if "members_in" in one:
+            rows.append({name: one[name] for name in kinds})
+        elif isinstance(one["round"], int):  # `matched`: both sides shrink, and several attackers look
+            rows.append({
+                "round": one["round"], "members_in": one["members"], "members_kept": one["members"],
+                "nonmembers": one["nonmembers"], "auc": max(one["auc"].values()),
+            })  # fmt: skip
+    return pl.DataFrame(rows, schema=kinds)
 
 
 def target_rows(results: Results) -> pl.DataFrame:

@@ -8,6 +8,7 @@ that a rerun gives the same bytes.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -25,6 +26,7 @@ import pyarrow.parquet as pq
 from mia.errors import UserError
 
 PROVENANCE_KEY = b"mia"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 POOLS = ("member", "candidate", "control")
 PARTS = ("calibration", "test")
 IMAGE_STATUSES = (
@@ -61,6 +63,7 @@ SCHEMAS: dict[str, pa.Schema] = {
                     phash=pa.uint64())]
     ),
     "embeddings": pa.schema([_ID, *_required(image=VECTOR, text=VECTOR)]),
+    "neighbours": pa.schema([_ID, *_required(rank=_I32, reference_id=_STRING, distance=_F64)]),
     "duplicates": pa.schema(
         [_ID, *_required(pool=_STRING, group=_STRING),
          *_optional(nearest_id=_STRING, distance=_F64, hamming=_I32, method=_STRING, reason=_STRING)]
@@ -69,6 +72,8 @@ SCHEMAS: dict[str, pa.Schema] = {
         [_ID, *_required(url=_STRING, caption=_STRING, sha256=_STRING, member=pa.bool_(), group=_STRING, part=_STRING,
                          weight=_F64)]
     ),
+    "attrition": pa.schema(_required(pool=_STRING, status=_STRING, rows=_I32, total=_I32, share=_F64, ci_low=_F64,
+                                     ci_high=_F64)),
     "selection": pa.schema([_ID, *_required(caption=_STRING, sha256=_STRING)]),
     "latents": pa.schema([_ID, *_required(caption_id=_STRING, mean=VECTOR, logvar=VECTOR)]),
     "texts": pa.schema([pa.field("caption_id", _STRING, nullable=False), *_required(n_tokens=_I32, states=VECTOR)]),
@@ -88,11 +93,12 @@ SCHEMAS: dict[str, pa.Schema] = {
     "telling": pa.schema([*_required(attack=_STRING, variant=_STRING, rank=_I32, feature=_STRING, weight=_F64,
                                      member_mean=_F64, nonmember_mean=_F64, auc=_F64)]),
     "distance": pa.schema([*_required(space=_STRING, metric=_STRING, n_members=_I32, n_nonmembers=_I32, value=_F64),
-                           *_optional(ci_low=_F64, ci_high=_F64)]),
+                           *_optional(ci_low=_F64, ci_high=_F64, p_value=_F64)]),
     "dropped": pa.schema([*_required(stage=_STRING, reason=_STRING, pool=_STRING, rows=_I32)]),
 }  # fmt: skip
 
 KEYS: dict[str, tuple[str, ...]] = {
+    "neighbours": ("sample_id", "rank"),
     "features": ("sample_id", "block", "timestep", "draw"),
     "scores": ("sample_id", "attack", "variant"),
     "texts": ("caption_id",),
@@ -100,6 +106,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "roc": ("attack", "variant", "part", "fpr_target"),
     "telling": ("attack", "variant", "rank"),
     "distance": ("space", "metric"),
+    "attrition": ("pool", "status"),
     "dropped": ("stage", "reason", "pool"),
 }
 CATEGORIES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -230,6 +237,18 @@ def read(paths: Any, name: str, columns: Sequence[str] | None = None) -> pa.Tabl
     return table.sort_by([(column, "ascending") for column in key(name) if column in columns])
 
 
+def batches(paths: Iterable[object], name: str, rows: int = 256) -> Iterator[pa.RecordBatch]:
+    """Table `name` from Parquet files, `rows` at a time, one file after the other; each batch is checked by itself.
+
+    Raises:
+        UserError: as `read` does, when it comes to the fault.
+    """
+    for path in map(pathlib.Path, map(str, paths)):
+        with _parquet(path, name) as file:
+            for batch in file.iter_batches(rows):
+                yield from check(pa.Table.from_batches([batch]), name, path).to_batches()
+
+
 def _read_one(path: pathlib.Path, name: str, columns: Sequence[str] | None) -> pa.Table:
     with _parquet(path, name) as file:
         absent = [column for column in columns or () if column not in file.schema_arrow.names]
@@ -282,14 +301,42 @@ def replacing(path: object) -> Iterator[pathlib.Path]:
         yield temporary
         temporary.chmod(0o644)
         temporary.replace(target)
+    except OSError as problem:
+        if problem.errno not in _NO_ROOM:
+            raise
+        raise UserError(
+            "no room on the disk", target, "free some and start again; nothing is half-written"
+        ) from problem
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write(path: object, table: pa.Table, name: str, made_by: dict) -> None:
     """Check `table` and put it at `path` at once, with `made_by` (see `provenance`) in the file's metadata."""
-    table = check(table, name, path)
-    text = json.dumps(made_by, sort_keys=True, ensure_ascii=False)
-    table = table.replace_schema_metadata({PROVENANCE_KEY: text.encode()})
+    table = check(table, name, path).replace_schema_metadata(_metadata(made_by))
     with replacing(path) as temporary:
         pq.write_table(table, temporary, compression="zstd", row_group_size=65_536, store_schema=True)
+
+
+def write_batches(path: object, found: Iterable[pa.RecordBatch], name: str, made_by: dict) -> int:
+    """Like `write`, for what is larger than memory: each batch becomes a row group. Returns the number of rows.
+
+    Raises:
+        UserError: `check` finds something wrong with a batch, or one does not begin after the last one's end.
+    """
+    schema, rows, last = SCHEMAS[name].with_metadata(_metadata(made_by)), 0, None
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        for batch in found:
+            table = check(pa.Table.from_batches([batch]), name, path)
+            if not table.num_rows:
+                continue
+            first, end = (tuple(table[column][i].as_py() for column in key(name)) for i in (0, -1))
+            if last is not None and first <= last:
+                raise UserError(f"{name} rows are out of order", f"{path} {first} after {last}", "sort them first")
+            writer.write_table(table, row_group_size=table.num_rows)
+            rows, last = rows + table.num_rows, end
+    return rows
+
+
+def _metadata(made_by: dict) -> dict[bytes, bytes]:
+    return {PROVENANCE_KEY: json.dumps(made_by, sort_keys=True, ensure_ascii=False).encode()}

@@ -58,7 +58,8 @@ def crowd(seed: int, n: int = 90) -> dedup.Sample:
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
-    return math.sqrt(sum((float(p) - float(q)) ** 2 for p, q in zip(a, b, strict=True)))
+    lengths = [math.sqrt(sum(float(p) ** 2 for p in x)) for x in (a, b)]
+    return math.sqrt(sum((float(p) / lengths[0] - float(q) / lengths[1]) ** 2 for p, q in zip(a, b, strict=True)))
 
 
 def differing(a: int, b: int) -> int:
@@ -98,23 +99,7 @@ def oracle(samples: dedup.Sample, options: DedupOptions) -> dict[str, dict]:
     return {name: row | {"group": samples.ids[group[i]]} for i, (name, row) in enumerate(rows.items())}
 
 
-# ------------------------------------------------------------------------------------------------ nearest
-
-
-def test_nearest_agrees_with_a_loop_over_all_pairs():
-    r = np.random.default_rng(0)
-    a, b = r.normal(size=(40, 6)).astype(np.float32), r.normal(size=(30, 6)).astype(np.float32)
-    index, found_distance = dedup.nearest(a, b)
-    for row in range(40):
-        every = [distance(a[row], other) for other in b]
-        assert index[row] == every.index(min(every))
-        assert found_distance[row] == pytest.approx(min(every), rel=1e-12)
-
-
-def test_nearest_by_hand():
-    index, found_distance = dedup.nearest(np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[0.6, 0.8], [-1.0, 0.0]]))
-    assert index.tolist() == [0, 0]
-    assert found_distance == pytest.approx([math.sqrt(0.16 + 0.64), math.sqrt(0.36 + 0.04)], rel=1e-12)
+# ------------------------------------------------------------------------------------------------ hashes
 
 
 def test_hamming_nearest_agrees_with_strings_of_bits():
@@ -187,14 +172,16 @@ def test_row_order_changes_no_row(seed):
 
 
 def test_the_paper_keeps_a_candidate_at_the_threshold_and_drops_one_below():
-    """arXiv 2306.12983: a non-member iff the distance is at least 0.5. (Vectors need not be unit for this.)"""
+    """arXiv 2306.12983: a non-member iff the distance between unit vectors is at least the threshold."""
+    edge = float(np.sqrt(2))
     rows = found(
         sample(
-            ("m", "member", "m", (1, 0), far(1)), ("at", "candidate", "at", (1, 0.5), far(2)),
-            ("below", "candidate", "below", (1, 0.4999999), far(3)),
-        )
+            ("m", "member", "m", (3, 0), far(1)), ("at", "candidate", "at", (0, 2), far(2)),
+            ("below", "candidate", "below", (1e-6, 2), far(3)),
+        ),
+        DedupOptions(edge, -1),
     )  # fmt: skip
-    assert rows["at"]["distance"] == 0.5 and rows["at"]["reason"] is None and rows["at"]["method"] is None
+    assert rows["at"]["distance"] == edge and rows["at"]["reason"] is None and rows["at"]["method"] is None
     assert rows["below"]["reason"] == "near-duplicate" and rows["below"]["method"] == "clip"
     assert rows["m"]["group"] == "m"  # the same rule links look-alikes: m is not in the group of "at"
 

@@ -1,4 +1,4 @@
-"""The Fréchet distance against closed forms and scipy's matrix root, and its level under chance."""
+"""Each distance against closed forms and a slow oracle, and its level under chance."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import scipy.linalg
+import scipy.stats
 
-from mia import cli, distance, tables
+from mia import cli, distance, resampling, tables
 from mia.errors import UserError
 
 
@@ -88,6 +89,208 @@ def test_float32_is_summed_in_float64():
     assert distance.frechet(a, b) == pytest.approx(by_sqrtm(a.astype(np.float64), b.astype(np.float64)), rel=1e-6)
 
 
+# ------------------------------------------------------------------------------------------------ many labellings
+
+
+def labellings(member: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
+    """The true labels and shuffled ones, bool[1 + count, n]."""
+    r = np.random.default_rng(seed)
+    return np.stack([member, *(r.permutation(member) for _ in range(count))])
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "d"), [(9, 12, 30), (40, 90, 12), (90, 40, 12), (50, 50, 50), (2, 9, 3), (30, 30, 1)]
+)
+def test_shared_moments_change_no_frechet_distance(n, m, d):
+    """Oracle: the two sides' own covariances, for either side the smaller and fewer rows than columns, or more."""
+    x, labels = normal(10, n + m, d), labellings(np.arange(n + m) < n, 5)
+    wanted = [distance.frechet(x[row], x[~row]) for row in labels]
+    np.testing.assert_allclose(distance.frechets(x, labels), wanted, rtol=1e-7)
+    np.testing.assert_allclose(distance.frechets(x + 1e3, labels), wanted, rtol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ kernel
+
+
+def kid(a: np.ndarray, b: np.ndarray) -> float:
+    """Binkowski et al. 2018, eq. 4, pair by pair, of vectors scaled from length 1 to sqrt(d)."""
+    d = a.shape[1]
+    a, b = math.sqrt(d) * a, math.sqrt(d) * b
+    k = lambda x, y: (float(x @ y) / d + 1) ** 3  # noqa: E731
+    inside = [sum(k(s[i], s[j]) for i in range(len(s)) for j in range(len(s)) if i != j) for s in (a, b)]
+    n, m = len(a), len(b)
+    return inside[0] / (n * (n - 1)) + inside[1] / (m * (m - 1)) - 2 * sum(k(x, y) for x in a for y in b) / (n * m)
+
+
+def kernel_value(x: np.ndarray, member: np.ndarray, group: np.ndarray | None = None) -> float:
+    group = np.arange(len(x)) if group is None else group
+    return float(distance.kernel(x, member[None], group)[0][0])
+
+
+def test_kernel_distance_of_three_and_three_points_by_hand():
+    """On a line at 1, 1, 0 and -1, 0, 0: k = (xy + 1)^3 is 8 for like signs, 0 for unlike ones, 1 beside a zero."""
+    x, member = np.array([[1.0], [1.0], [0.0], [-1.0], [0.0], [0.0]]), np.arange(6) < 3
+    members, others = (8 + 1 + 1) / 3, (1 + 1 + 1) / 3  # means over the three pairs of each side
+    across = (2 * (0 + 1 + 1) + (1 + 1 + 1)) / 9
+    assert kernel_value(x, member) == pytest.approx(members + others - 2 * across, rel=1e-14)
+
+
+def test_kernel_distance_leaves_out_pairs_of_one_group_by_hand():
+    """The same six points, of which 1 and 1 are one group, and 0 and -1 another across the sides."""
+    x, member = np.array([[1.0], [1.0], [0.0], [-1.0], [0.0], [0.0]]), np.arange(6) < 3
+    members, others = (1 + 1) / 2, (1 + 1 + 1) / 3
+    across = (2 * (0 + 1 + 1) + (1 + 1)) / 8  # without the pair of 0 and -1
+    group = np.array(["a", "a", "b", "b", "c", "d"])
+    assert kernel_value(x, member, group) == pytest.approx(members + others - 2 * across, rel=1e-14)
+
+
+def test_kernel_distance_agrees_with_kid_pair_by_pair(monkeypatch):
+    x = normal(11, 25, 4)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    labels = labellings(np.arange(25) < 11, 4)
+    wanted = [kid(x[row], x[~row]) for row in labels]
+    whole = distance.kernel(x, labels, np.arange(25))
+    np.testing.assert_allclose(whole[0], wanted, rtol=1e-10)
+    monkeypatch.setattr(distance, "BLOCK", 75)  # three rows at a time, and one in the last block
+    in_blocks = distance.kernel(x, labels, np.arange(25))
+    np.testing.assert_allclose(in_blocks[0], wanted, rtol=1e-10)
+    assert in_blocks[1] == pytest.approx(whole[1], rel=1e-10)
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_kernel_distance_is_unbiased(copies):
+    """Two draws from one distribution, each `copies` times: 0 on average, and below it about as often as not."""
+    found, rows = [], np.arange(30).repeat(copies)
+    for seed in range(400):
+        x = np.random.default_rng(seed).normal(size=(30, 3)) / 2
+        found.append(kernel_value(x[rows], rows < 12, rows))
+    assert abs(np.mean(found)) < 3.5 * np.std(found) / 20
+    assert 0.3 < np.mean(np.array(found) < 0) < 0.8
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
+def test_kernel_interval_holds_the_population_distance_in_groups(share):
+    """Signs that are + with probability 1/2 and `share`: E k(s, t) is 8 P(alike). Each is drawn once for two rows."""
+    alike = [0.5, share**2 + (1 - share) ** 2, 0.5]
+    wanted = 8 * (alike[0] + alike[1]) - 16 * alike[2]
+    member, group, held, values, reaches = np.arange(280) < 120, np.arange(280) // 2, 0, [], []
+    for seed in range(300):
+        r = np.random.default_rng(seed)
+        sign = np.concatenate([r.random(60) < 0.5, r.random(80) < share]).repeat(2)
+        labels = np.concatenate([member[None], *resampling.shuffled(member, group, 50, r)])
+        (value, *_), (low, high) = distance.kernel(np.where(sign, 1.0, -1.0)[:, None], labels, group)
+        values.append(value)
+        reaches.append((high - low) / 2)
+        held += low <= wanted <= high
+    assert np.mean(values) == pytest.approx(wanted, abs=0.1)  # unbiased, here too
+    assert 0.9 < np.mean(reaches) / (1.96 * np.std(values)) < 1.6
+    assert held / 300 > 0.85  # one side misses more often: the estimate is skewed
+
+
+# ------------------------------------------------------------------------------------------------ classifier
+
+
+def told_apart(x: np.ndarray, member: np.ndarray, group: np.ndarray, seed: int = 0) -> tuple[float, tuple]:
+    values, interval = distance.c2st(x, member[None], group, np.random.default_rng(seed))
+    return float(values[0]), interval
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5, 1.0, 2.0])
+def test_classifier_on_shifted_gaussians_reaches_its_closed_form(shift):
+    """AUC = Phi(shift / sqrt 2) for the best classifier of two unit Gaussians."""
+    r = np.random.default_rng(0)
+    member = np.arange(6000) < 2500
+    x = r.normal(size=(6000, 5)) @ np.diag([1, 2, 3, 4, 5])
+    x[member, 2] += 3 * shift
+    value, (low, high) = told_apart(x, member, np.arange(6000))
+    assert value == pytest.approx(scipy.stats.norm.cdf(shift / math.sqrt(2)), abs=0.02)
+    assert low <= value <= high and high - low < 0.04
+
+
+def test_classifier_agrees_with_scikit_learns_ridge_fold_by_fold():
+    """Oracle: one fit for each labelling and fold; without the intercept, as documented."""
+    from sklearn.linear_model import Ridge
+    from sklearn.metrics import roc_auc_score
+
+    x, labels, group = normal(12, 90, 6), labellings(np.arange(90) < 40, 3), np.arange(90) // 2
+    found, _ = distance.c2st(x, labels, group, np.random.default_rng(5))
+    z = (x - x.mean(0)) / x.std(0)
+    for row, value in zip(labels, found, strict=True):
+        score = np.empty(90)
+        for test in distance._folds(group, np.random.default_rng(5)):
+            ridge = Ridge(distance.SHRINKAGE * (~test).sum()).fit(z[~test], row[~test])
+            score[test] = ridge.predict(z[test]) - ridge.predict(z[~test]).mean()
+        assert value == pytest.approx(roc_auc_score(row, score), abs=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_classifier_interval_holds_chance_where_there_is_nothing(size):
+    """DeLong's variance alone would hold it 80 to 87 times in 100."""
+    held = 0
+    for seed in range(120):
+        r = np.random.default_rng(seed)
+        x = np.repeat(r.normal(size=(60, 8)), size, axis=0) + r.normal(size=(60 * size, 8)) / 10
+        member, group = np.repeat(r.permutation(np.arange(60) < 20), size), np.arange(60 * size) // size
+        low, high = distance.measured(x, member, group, r, 50)["c2st"][1]
+        held += low <= 0.5 <= high
+    assert held / 120 > 0.9
+
+
+def test_folds_keep_groups_whole_and_hold_each_row_once():
+    group = np.random.default_rng(0).integers(0, 23, 100)
+    folds = distance._folds(group, np.random.default_rng(0))
+    assert len(folds) == distance.FOLDS and (np.sum(folds, axis=0) == 1).all()
+    assert all(len(np.unique(test[group == name])) == 1 for test in folds for name in np.unique(group))
+    assert len(distance._folds(np.arange(6) // 3, np.random.default_rng(0))) == 2
+
+
+def test_a_copy_on_the_other_side_of_a_fold_teaches_nothing():
+    """Ten copies of each of 30 vectors in 200 dimensions: split up, the classifier would know each by heart."""
+    r = np.random.default_rng(0)
+    x, member = np.repeat(r.normal(size=(30, 200)), 10, axis=0), np.repeat(np.arange(30) < 15, 10)
+    assert told_apart(x, member, np.arange(300))[0] > 0.95
+    assert told_apart(x, member, np.arange(300) // 10)[0] < 0.75
+
+
+def test_a_perfect_classifier_and_a_column_without_spread():
+    x = np.stack([np.r_[np.zeros(20), np.ones(20)], np.full(40, 7.0)], axis=1)
+    assert told_apart(x, np.arange(40) >= 20, np.arange(40)) == (1.0, (1.0, 1.0))
+    assert told_apart(np.full((40, 2), 7.0), np.arange(40) < 20, np.arange(40))[0] == 0.5
+
+
+# ------------------------------------------------------------------------------------------------ p-values
+
+
+def test_p_values_are_uniform_where_labels_mean_nothing_in_groups():
+    """Three near-copies of each of 30 vectors share a label. A test of rows one by one finds what is not there."""
+    grouped: dict[str, list[float]] = {"frechet": [], "kernel": [], "c2st": []}
+    alone: list[float] = []
+    for seed in range(150):
+        r = np.random.default_rng(seed)
+        x = np.repeat(r.normal(size=(30, 3)), 3, axis=0) + r.normal(size=(90, 3)) / 10
+        member, group = np.repeat(r.permutation(np.arange(30) < 12), 3), np.arange(90) // 3
+        for metric, (values, _) in distance.measured(x, member, group, r, 39).items():
+            grouped[metric].append(float((values >= values[0] - 1e-12).mean()))
+        values = distance.measured(x, member, np.arange(90), r, 39)["kernel"][0]
+        alone.append(float((values >= values[0]).mean()))
+    for found in grouped.values():
+        assert scipy.stats.kstest(found, "uniform").statistic < 1.63 / math.sqrt(150) + 1 / 40  # 1 % of discrete p
+    assert np.mean(np.array(alone) <= 0.05) > 0.2
+
+
+def test_rows_in_another_order_give_the_same_distances():
+    r = np.random.default_rng(1)
+    member, group = np.arange(80) < 30, np.array([f"g{i // 2}" for i in range(80)])
+    x = r.normal(size=(80, 4)) + member[:, None]
+    order = np.argsort(r.random(40)).repeat(2) * 2 + np.tile([0, 1], 40)  # groups move, their own rows stay in order
+    one = distance.distances({"image": x}, member, 3, 25, group).to_pylist()
+    two = distance.distances({"image": x[order]}, member[order], 3, 25, group[order]).to_pylist()
+    for a, b in zip(one, two, strict=True):
+        assert a["metric"] == b["metric"]
+        for column in ("value", "ci_low", "ci_high"):
+            assert a[column] == (b[column] if a[column] is None else pytest.approx(b[column], rel=1e-9, abs=1e-12))
+
+
 # ------------------------------------------------------------------------------------------------ chance
 
 
@@ -111,18 +314,20 @@ def test_chance_covers_a_split_that_means_nothing_and_not_one_that_does():
     assert found["value"] > 2 * chance["ci_high"]
 
 
-def test_the_table_has_two_rows_for_each_space():
+def test_the_table_has_two_rows_for_each_metric_and_space():
     r = np.random.default_rng(0)
     member = np.arange(60) < 20
     spaces = {"image": r.normal(size=(60, 3)), "text": r.normal(size=(60, 5)) + 2.0 * member[:, None]}
     table = tables.check(distance.distances(spaces, member, 0, 50), "distance")
     rows = {(row["space"], row["metric"]): row for row in table.to_pylist()}
-    assert set(rows) == {(s, m) for s in ("image", "text") for m in ("frechet", "frechet_chance")}
+    metrics = [name + end for name in ("frechet", "kernel", "c2st") for end in ("", "_chance")]
+    assert set(rows) == {(s, m) for s in ("image", "text") for m in metrics}
     assert all((row["n_members"], row["n_nonmembers"]) == (20, 40) for row in rows.values())
     for space, x in spaces.items():
         assert rows[space, "frechet"]["value"] == pytest.approx(by_sqrtm(x[member], x[~member]), rel=1e-9)
         assert rows[space, "frechet"]["ci_low"] is None
-    assert rows["text", "frechet"]["value"] > rows["text", "frechet_chance"]["ci_high"]
+    for metric in ("frechet", "kernel", "c2st"):
+        assert rows["text", metric]["value"] > rows["text", f"{metric}_chance"]["ci_high"]
 
 
 def test_chance_is_the_middle_of_shuffled_labels():
@@ -143,7 +348,7 @@ def test_the_seed_decides_chance_and_not_the_distance():
     x, member = normal(9, 60, 3), np.arange(60) < 30
     assert measured(x, member, 1, 20) == measured(x, member, 1, 20)
     one, two = measured(x, member, 1, 20), measured(x, member, 2, 20)
-    assert one[0] == two[0] and one[1] != two[1]
+    assert one[0] | {"p_value": 0} == two[0] | {"p_value": 0} and one[1] != two[1]
     other = distance.distances({"text": x}, member, 1, 20).to_pylist()[1]
     assert other["value"] != one[1]["value"]  # each space has shuffles of its own
 
@@ -154,6 +359,11 @@ def test_a_side_of_fewer_than_two_is_refused(members):
         UserError, match=f"^{members} members and {5 - members} non-members, dataset, a covariance needs two"
     ):
         distance.distances({"image": np.eye(5)}, np.arange(5) < members, 0)
+
+
+def test_a_side_of_one_group_is_refused():
+    with pytest.raises(UserError, match="^all of one side are one group, dataset, near-duplicates tell nothing apart"):
+        distance.distances({"image": np.eye(6)}, np.arange(6) < 3, 0, group=np.array([0, 0, 0, 1, 2, 3]))
 
 
 # ------------------------------------------------------------------------------------------------ the command

@@ -5,18 +5,25 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import datetime
+import email.utils
 import errno
 import gzip
 import hashlib
 import io
 import pathlib
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
+import tracemalloc
 import warnings
 import zlib
 from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
 
 import aiohttp
 import imagehash
@@ -70,6 +77,9 @@ class Server:
         self.hits: collections.Counter[str] = collections.Counter()
         self.headers: dict[str, str] = {}
         self.chunks_sent = 0
+        self.starts: list[float] = []
+        self.busy = self.busiest = 0  # requests to /nap at one time
+        self.nap_s, self.retry_after = 0.0, ""
         self.redirect_to = ""
         self.port = 0
         self._loop = asyncio.new_event_loop()
@@ -112,6 +122,8 @@ class Server:
             "trickle": self._trickle,
             "endless": self._endless,
             "recovers": self._recovers,
+            "nap": self._nap,
+            "busy": self._busy,
         }
         if name in special:
             return await special[name](request)
@@ -125,6 +137,8 @@ class Server:
             return web.Response(status=301, headers={"Location": redirects[name]} if redirects[name] else {})
         if name.startswith("robots"):
             return web.Response(body=JPEG, headers={"X-Robots-Tag": request.query["tag"]})
+        if name.startswith("tdm"):
+            return web.Response(body=JPEG, headers={"TDM-Reservation": request.query["value"]})
         if name.startswith("gzip"):
             plain = JPEG if name == "gzip" else bytes(50 * MAX_BYTES)
             return web.Response(body=gzip.compress(plain), headers={"Content-Encoding": "gzip"})
@@ -165,6 +179,20 @@ class Server:
             self.chunks_sent += 1
         return response
 
+    async def _nap(self, request: web.Request) -> web.StreamResponse:
+        self.starts.append(time.monotonic())
+        self.busy += 1
+        self.busiest = max(self.busiest, self.busy)
+        await asyncio.sleep(self.nap_s)
+        self.busy -= 1
+        return web.Response(body=JPEG)
+
+    async def _busy(self, request: web.Request) -> web.StreamResponse:
+        """Turns the first caller away and says when to come back."""
+        self.starts.append(time.monotonic())
+        headers = {"Retry-After": self.retry_after}
+        return web.Response(status=429 if self.hits[request.path] == 1 else 200, body=JPEG, headers=headers)
+
     async def _recovers(self, request: web.Request) -> web.StreamResponse:
         return web.Response(status=503 if self.hits[request.path] < 3 else 200, body=JPEG)
 
@@ -180,6 +208,8 @@ def started() -> Iterator[Server]:
 @pytest.fixture
 def server(started: Server) -> Server:
     started.hits.clear()
+    started.starts.clear()
+    started.busiest = 0
     return started
 
 
@@ -326,9 +356,8 @@ def test_waiting_for_a_turn_is_no_timeout(server: Server, monkeypatch: pytest.Mo
         await asyncio.sleep(0.2)
         return web.Response(body=JPEG)
 
-    monkeypatch.setattr(images, "PER_HOST", 2)
     monkeypatch.setattr(server, "_slow", nap)
-    table = images.fetch(metadata([server.url("/slow")] * 10), options(server), timeout_s=0.5)
+    table = images.fetch(metadata([server.url("/slow")] * 10), options(server), timeout_s=0.5, per_host=2)
     assert set(table["status"].to_pylist()) == {"ok"} and server.hits["/slow"] == 10
 
 
@@ -405,6 +434,86 @@ def test_other_directives_are_no_opt_out(server: Server, tag: str) -> None:
     assert fetch_one(server.url(f"/robots?tag={tag}"), options(server))["status"] == "ok"
 
 
+@pytest.mark.parametrize(("value", "status"), [("1", "opted_out"), ("0", "ok"), ("", "ok")])
+def test_rights_reserved_for_text_and_data_mining(server: Server, value: str, status: str) -> None:
+    assert fetch_one(server.url(f"/tdm?value={value}"), options(server))["status"] == status
+
+
+# ------------------------------------------------------------------------------------------------ manners, deadline
+
+
+def test_so_many_requests_at_once_at_one_host(server: Server) -> None:
+    server.nap_s = 0.05
+    images.fetch(metadata([server.url("/nap")] * 12), options(server), concurrency=12, per_host=3)
+    assert server.hits["/nap"] == 12 and server.busiest == 3
+
+
+def test_requests_to_one_host_start_apart(server: Server) -> None:
+    server.nap_s = 0.0
+    images.fetch(metadata([server.url("/nap")] * 4), options(server), host_delay_s=0.15)
+    gaps = np.diff(sorted(server.starts))
+    assert len(gaps) == 3 and gaps.min() > 0.1
+
+
+def test_a_host_that_asks_for_a_rest_gets_it(server: Server) -> None:
+    server.retry_after = "1"
+    table = images.fetch(metadata([server.url("/busy")] * 3), options(server), per_host=1)
+    assert table["status"].to_pylist() == ["ok"] * 3 and server.hits["/busy"] == 4
+    assert server.starts[1] - server.starts[0] > 0.9
+
+
+def test_a_host_that_asks_for_a_long_rest_is_left_alone(server: Server) -> None:
+    """The others in the queue are told without asking it again; a later run asks again."""
+    server.retry_after = "3600"
+    urls = [server.url("/busy")] * 3 + [server.url("/good.jpg", "localhost")]
+    chosen = options(server, allow_private_hosts=("127.0.0.1", "localhost"))
+    table = images.fetch(metadata(urls), chosen, per_host=1)
+    assert table["status"].to_pylist() == ["http_4xx"] * 3 + ["ok"] and server.hits["/busy"] == 1
+    assert not any(images.is_final(row["status"], row["detail"]) for row in table.to_pylist()[:3])
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [("", 0), ("0", 0), ("120", 120), ("-5", 0), ("soon", 0), ("1e9", 0), ("\u00b2", 0), ("9" * 99, 0),
+     ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("Wed, 21 Oct 2015 07:28:00 -0000", 0)],
+)  # fmt: skip
+def test_reading_retry_after(header: str, seconds: float) -> None:
+    assert images._rest_s(header) == seconds
+
+
+def test_reading_retry_after_as_a_date() -> None:
+    ahead = email.utils.format_datetime(datetime.datetime.now(datetime.UTC) + datetime.timedelta(minutes=5))
+    assert 290 < images._rest_s(ahead) <= 300
+
+
+def test_deadline_of_the_shard(server: Server) -> None:
+    urls = [server.url("/good.jpg"), server.url("/slow"), server.url("/slow"), server.url("/404")]
+    started = time.monotonic()
+    rows = images.fetch(metadata(urls), options(server), concurrency=1, deadline_s=0.7).to_pylist()
+    assert time.monotonic() - started < 3
+    assert [row["status"] for row in rows] == ["ok", "timeout", "timeout", "timeout"]
+    assert {row["detail"] for row in rows[1:]} == {"not finished before the deadline of the shard"}
+    assert server.hits["/404"] == 0
+
+
+def test_no_host_in_reach_is_an_error_of_ours(server: Server) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        dead = [f"http://127.0.0.1:{unused.getsockname()[1]}/{i}.jpg" for i in range(10)]
+        chosen = options(allow_private_hosts=("127.0.0.1",))
+        with pytest.raises(UserError, match=r"none of 10 images .*connection.*network is down"):
+            images.fetch(metadata(dead), chosen)
+        assert set(images.fetch(metadata(dead[:9]), chosen)["status"].to_pylist()) == {"connection"}
+        table = images.fetch(metadata([*dead, server.url("/404")]), chosen)
+        assert table["status"].to_pylist() == ["connection"] * 10 + ["http_4xx"]
+
+
+def test_all_links_dead_is_said(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "mia.images"):
+        images.fetch(metadata([server.url("/404")] * 12), options(server))
+    assert "12 images: 12 http_4xx" in caplog.text and "not one image is left" in caplog.text
+
+
 # ------------------------------------------------------------------------------------------------ redirects, addresses
 
 
@@ -463,6 +572,22 @@ def test_a_name_with_one_private_address_is_blocked(server: Server, monkeypatch:
     monkeypatch.setattr(aiohttp.ThreadedResolver, "resolve", resolve)
     assert fetch_one(server.url("/good.jpg", "rebind.example"), options(server))["status"] == "blocked_address"
     assert not server.hits
+
+
+def test_a_name_that_changes_its_mind_is_asked_once(
+    server: Server, neighbour: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The address that was checked is the one connected to; a second answer, which leads elsewhere, is never sought."""
+    answers = ["127.0.0.1", "127.0.0.2"]
+
+    async def resolve(self: object, host: str, port: int = 0, family: int = 0) -> list:
+        common = {"hostname": host, "port": port, "family": socket.AF_INET, "proto": 0, "flags": 0}
+        return [{**common, "host": answers.pop(0)}]
+
+    monkeypatch.setattr(aiohttp.ThreadedResolver, "resolve", resolve)
+    monkeypatch.setattr(images, "_is_public", lambda address: address == "127.0.0.1")
+    table = images.fetch(metadata([server.url("/good.jpg", "rebind.example")] * 3), options(), concurrency=1)
+    assert table["status"].to_pylist() == ["ok"] * 3 and answers == ["127.0.0.2"]
 
 
 @pytest.mark.parametrize("entry", ["localhost", "localhost:{port}", "LocalHost"])
@@ -542,10 +667,182 @@ def test_same_table_for_any_concurrency_and_order(server: Server, folder: pathli
 
 
 def test_many_chunks_and_no_rows(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = images.fetch(metadata([server.url("/good.jpg")] * 5), options(server, max_bytes=2**29))
+    monkeypatch.setattr(images, "GROUP_ROWS", 2)
+    table = images.fetch(metadata([server.url("/good.jpg")] * 5), options(server))
     assert table["bytes"].num_chunks == 3 and table["bytes"].to_pylist() == [JPEG] * 5
     nothing = images.fetch(metadata(["x"]).slice(0, 0), options())
     assert nothing.num_rows == 0 and nothing.schema.equals(tables.SCHEMAS["images"])
+
+
+def streamed(urls: list[str], chosen: ImagesOptions, **more: Any) -> pa.Table:
+    batches = images.stream(metadata(urls), chosen, images.Pace(), **more)
+    return pa.Table.from_batches(batches, schema=tables.SCHEMAS["images"])
+
+
+@pytest.mark.parametrize(
+    ("status", "detail", "final"),
+    [("ok", "", True), ("http_4xx", "HTTP 404", True), ("http_4xx", "HTTP 429", False), ("http_5xx", "HTTP 503", False),
+     ("dns", "x", False), ("timeout", "x", False), ("connection", "x", False), ("too_large", "x", True),
+     ("blocked_address", "x", True), ("opted_out", "x", True), ("undecodable", "x", True)],
+)  # fmt: skip
+def test_what_another_run_would_change(status: str, detail: str, final: bool) -> None:
+    assert images.is_final(status, detail) == final
+
+
+def test_a_second_run_asks_only_for_what_may_have_changed(server: Server) -> None:
+    urls = [server.url(path) for path in ("/good.jpg", "/404", "/recovers", "/html.jpg", "/nap", "/large.jpg")]
+    chosen = options(server)
+    server.nap_s = 5.0
+    server.hits["/recovers"] = -10
+    pace = images.Pace(timeout_s=0.2)
+    first = list(images.stream(metadata(urls), chosen, pace))
+    assert first[0]["status"].to_pylist() == ["ok", "http_4xx", "http_5xx", "not_an_image", "timeout", "too_large"]
+    server.hits.clear()
+    server.hits["/recovers"] = 2
+    server.nap_s = 0.0
+    stranger = pa.RecordBatch.from_pylist([{**first[0].to_pylist()[0], "sample_id": "f" * 32}], first[0].schema)
+    second = streamed(urls, chosen, previous=[stranger, *first])
+    assert server.hits == {"/recovers": 3, "/nap": 1}
+    server.hits["/recovers"] = 2
+    assert second.equals(streamed(urls, chosen))
+    assert streamed(urls, chosen, previous=second.to_batches()).equals(second)
+
+
+def test_earlier_rows_speak_for_the_network(server: Server) -> None:
+    """On a second run all that is asked for may be dead hosts, which is no reason to suspect the network."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        urls = [f"http://127.0.0.1:{unused.getsockname()[1]}/{i}.jpg" for i in range(10)] + [server.url("/good.jpg")]
+        chosen = options(allow_private_hosts=("127.0.0.1",))
+        first = list(images.stream(metadata(urls), chosen, images.Pace()))
+        server.hits.clear()
+        assert streamed(urls, chosen, previous=first)["status"].to_pylist() == ["connection"] * 10 + ["ok"]
+        assert not server.hits
+
+
+def test_a_spool_on_disk_changes_nothing(
+    server: Server, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    urls = [server.url(path) for path in ("/good.jpg", "/grey.jpg", "/404", "/cmyk.jpg", "/palette.png")] * 5
+    monkeypatch.setattr(images, "GROUP_BYTES", 3 * len(JPEG))
+    with (tmp_path / "spool").open("w+b", buffering=0) as file:
+        on_disk = list(images.stream(metadata(urls), options(server), images.Pace(concurrency=3), spool=file))
+        assert file.tell() > 10 * len(JPEG)
+    in_memory = list(images.stream(metadata(urls), options(server), images.Pace()))
+    assert len(on_disk) > 2 and all(a.equals(b) for a, b in zip(on_disk, in_memory, strict=True))
+
+
+def test_a_full_disk_ends_in_one_line(server: Server) -> None:
+    urls = [server.url("/good.jpg"), server.url("/slow")]
+    with (
+        pathlib.Path("/dev/full").open("r+b", buffering=0) as full,
+        pytest.raises(UserError, match=r"cannot be kept on disk, No space left on device, free space"),
+    ):
+        streamed(urls, options(server), spool=full)
+
+
+def test_memory_does_not_grow_with_the_images(
+    server: Server, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """200 images of 150 KB, 30 MB in all."""
+
+    async def padded(request: web.Request) -> web.Response:
+        return web.Response(body=JPEG.ljust(150_000, b"\0"))
+
+    monkeypatch.setattr(server, "_slow", padded)
+    monkeypatch.setattr(images, "GROUP_BYTES", 1_000_000)
+    rows = metadata([server.url("/slow")] * 200)
+    tracemalloc.start()
+    with (tmp_path / "spool").open("w+b", buffering=0) as file:
+        for batch in images.stream(rows, options(server), images.Pace(concurrency=4), spool=file):
+            assert set(batch["status"].to_pylist()) == {"ok"}
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10_000_000
+
+
+@pytest.fixture
+def command(server: Server, tmp_path: pathlib.Path) -> Callable[[str], list[str]]:
+    """The command line that fetches good images and one from /slow."""
+    urls = [server.url(path) for path in ["/good.jpg"] * 5 + ["/404", "/slow"]]
+    plain = {"caption": "a", "source": "s", "pool": "member"}
+    rows = [{"sample_id": tables.sample_id(url, str(i)), "url": url, **plain} for i, url in enumerate(urls)]
+    table = pa.Table.from_pylist(rows, schema=tables.SCHEMAS["metadata"])
+    tables.write(tmp_path / "metadata.parquet", table, "metadata", {})
+
+    def line(output: str) -> list[str]:
+        flags = {"--metadata": tmp_path / "metadata.parquet", "--output": tmp_path / "out" / output,
+                 "--allow-private-hosts": f"127.0.0.1:{server.port}"}  # fmt: skip
+        return [sys.executable, "-m", "mia", "images", *(str(word) for pair in flags.items() for word in pair)]
+
+    return line
+
+
+def test_killed_in_the_middle_of_a_shard(
+    server: Server, command: Callable[[str], list[str]], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing stands where the shard should be, and the next run writes what an undisturbed one does."""
+
+    async def quick(request: web.Request) -> web.Response:
+        return web.Response(body=JPEG)
+
+    with subprocess.Popen(command("a.parquet"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not server.hits["/slow"] and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL and not list(tmp_path.glob("out/*.parquet"))
+    monkeypatch.setattr(server, "_slow", quick)
+    for name in ("a.parquet", "b.parquet"):
+        subprocess.run(command(name), check=True, capture_output=True)
+    assert (tmp_path / "out" / "a.parquet").read_bytes() == (tmp_path / "out" / "b.parquet").read_bytes()
+    assert tables.read(tmp_path / "out" / "a.parquet", "images")["status"].to_pylist().count("ok") == 6
+
+
+def test_resumed_on_the_command_line(
+    server: Server, command: Callable[[str], list[str]], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = subprocess.run([*command("a.parquet"), "--timeout-s", "0.2"], capture_output=True, text=True)
+    assert first.returncode == 0 and "1 timeout" in first.stderr
+    server.hits.clear()
+    server.nap_s = 0.0
+    monkeypatch.setattr(server, "_slow", server._nap)
+    again = [*command("b.parquet"), "--previous", str(tmp_path / "out" / "a.parquet")]
+    subprocess.run(again, check=True, capture_output=True)
+    assert server.hits == {"/slow": 1}
+    assert tables.read(tmp_path / "out" / "b.parquet", "images")["status"].to_pylist().count("ok") == 6
+    refused = subprocess.run([*again, "--max-bytes", "999"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "fetched under other options" in refused.stderr.splitlines()[-1]
+
+
+def test_full_disk_on_the_command_line(command: Callable[[str], list[str]], tmp_path: pathlib.Path) -> None:
+    """No file of the process may grow beyond 1,000 bytes."""
+    program = (
+        "import resource, runpy, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "runpy.run_module('mia', run_name='__main__')"
+    )
+    line = [sys.executable, "-c", program, *command("a.parquet")[3:], "--timeout-s", "1"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("error: ") and "disk" in last and "start again" in last
+    assert not list((tmp_path / "out").iterdir())
+
+
+# ------------------------------------------------------------------------------------------------ the probe
+
+
+def test_probe_rows_stand_for_every_pool() -> None:
+    ids = [f"{i:032x}" for i in range(100)]
+    pools = ["member"] * 60 + ["candidate"] * 37 + ["control"] * 3
+    table = pa.table({"sample_id": ids, "pool": pools}).take(np.random.default_rng(0).permutation(100))
+    chosen = images.probe_rows(table, 20)
+    counts = collections.Counter(chosen["pool"].to_pylist())
+    assert counts["control"] == 3 and sorted((counts["candidate"], counts["member"])) == [8, 9]
+    expected = {*ids[: counts["member"]], *ids[60 : 60 + counts["candidate"]], *ids[97:]}
+    assert set(chosen["sample_id"].to_pylist()) == expected
+    assert images.probe_rows(table.slice(0, 5), 20).num_rows == 5
+
+
+# ------------------------------------------------------------------------------------------------ what is a bug
 
 
 def test_a_bug_is_not_a_status(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

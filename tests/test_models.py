@@ -152,12 +152,66 @@ def test_the_toys_own_schedule_is_the_one_it_writes_down(tiny_target):
     assert toy.schedule().final == models.schedule(tiny_target).final
 
 
-@pytest.mark.parametrize("model", ["ViT-B-32", "ViT-L-14", "local-dir:", "file:x"])
+@pytest.mark.parametrize("model", ["ViT-B-32", "ViT-L-14", "local-dir:", "tag:", "file:x"])
 def test_encoders_whose_weights_might_be_pickles_are_refused(model):
     import torch
 
-    with pytest.raises(UserError, match="no known kind.*local-dir:FOLDER or hf-hub:NAME"):
+    with pytest.raises(UserError, match="no known kind.*local-dir:FOLDER, hf-hub:NAME or tag:"):
         models.encoder(model, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("model", "fetched", "revision"),
+    [
+        ("tag:ViT-L-14/openai", "timm/vit_large_patch14_clip_224.openai", ""),
+        ("tag:ViT-B-32/laion2b_s34b_b79k@v1", "laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "v1"),
+        ("hf-hub:someone/clip@abc", "someone/clip", "abc"),
+        ("hf-hub:someone/clip", "someone/clip", ""),
+    ],
+)
+def test_names_stand_for_safetensors_on_the_hub(monkeypatch, model, fetched, revision):
+    import torch
+
+    asked = []
+
+    def snapshot(*arguments):
+        asked.append(arguments)
+        return ROOT / "resources/example/encoders/clip"
+
+    monkeypatch.setattr(models, "_snapshot", snapshot)
+    assert models.encoder(model, torch.device("cpu"))[3]
+    assert asked == [(fetched, revision, ["*.safetensors"], "embeddings.model")]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("tag:ViT-L-14/opena", "^open_clip knows no 'ViT-L-14/opena', embeddings.model, use ViT-L-14/openai"),
+        ("tag:ViT-L-14", "^open_clip knows no 'ViT-L-14'"),
+        ("tag:ViTamin-S/datacomp1b", "^'ViTamin-S/datacomp1b' is not kept as safetensors"),
+    ],
+)
+def test_names_unknown_or_kept_as_pickles_are_refused(model, message):
+    import torch
+
+    with pytest.raises(UserError, match=message):
+        models.encoder(model, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("quick", "activation"), [(False, "gelu"), (True, "quick_gelu")])
+def test_an_encoders_card_names_its_activation_and_preprocessing(tmp_path, quick, activation):
+    import torch
+
+    folder = shutil.copytree(ROOT / "resources/example/encoders/clip", tmp_path / "clip")
+    file = folder / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config["model_cfg"]["quick_gelu"] = quick
+    file.write_text(json.dumps(config))
+    card = models.encoder_card(models.encoder(f"local-dir:{folder}", torch.device("cpu"))[0])
+    assert card["activation"] == activation
+    wanted = config["preprocess_cfg"] | {"size": [64, 64]}
+    assert {name: card["preprocess"][name] for name in wanted} == wanted
+    assert json.loads(json.dumps(card)) == card
 
 
 def test_an_encoder_folder_without_safetensors_is_refused(tmp_path):

@@ -82,6 +82,17 @@ class World:
         late = [("dedup", "near-duplicate", "candidate", 43), ("images", "undecodable", "member", 1)]
         for name, counts in (("metadata", early), ("sanitized", late)):
             self.put(f"dropped/{name}.parquet", "dropped", [dict(zip(names, row, strict=True)) for row in counts])
+        alive = {
+            "pool": "member",
+            "status": "ok",
+            "rows": 9,
+            "total": 10,
+            "share": 0.9,
+            "ci_low": 0.55,
+            "ci_high": 0.99,
+        }
+        self.put("attrition.parquet", "attrition", [alive, alive | {"pool": "candidate"}])
+        self.put_json("attrition.json", {"statement": "Links of members and of candidates live alike."})
         done = {"round": 1, "members_in": 300, "members_kept": 260, "nonmembers": 240, "auc": 0.61}
         self.put_json("dataset/sanitized.json", {"method": "paper", "keep_above": 0.5, "rounds": [done]})
 

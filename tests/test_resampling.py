@@ -100,7 +100,7 @@ def test_permuted_metrics_are_those_of_the_shuffled_labels():
         scores = np.concatenate([scores, np.random.default_rng(1).normal(size=scores.shape)], axis=1)
         group = np.array([f"g{i // 2:02d}" if i < 100 else f"h{i:03d}" for i in range(140)])
         found = resampling.permutation(scores, member, group, (0.05, 0.3, 1.0), 200, np.random.default_rng(3))
-        labels = np.concatenate(list(resampling._shuffled(member, group, 200, np.random.default_rng(3))))
+        labels = np.concatenate(list(resampling.shuffled(member, group, 200, np.random.default_rng(3))))
         for row in (0, 1, 127, 128, 199):
             for c in range(2):
                 wanted = [metrics.auc(scores[:, c], labels[row])]
@@ -113,7 +113,7 @@ def test_shuffled_labels_keep_their_number_and_move_by_whole_groups():
     member = np.random.default_rng(0).random(80) < 0.4
     patterns = sorted(tuple(member[group == g]) for g in range(20, 40))
     seen = set()
-    for labels in resampling._shuffled(member, group, 300, np.random.default_rng(1)):
+    for labels in resampling.shuffled(member, group, 300, np.random.default_rng(1)):
         for row in labels:
             assert row[:20].sum() == member[:20].sum()
             assert sorted(tuple(row[group == g]) for g in range(20, 40)) == patterns
@@ -124,7 +124,7 @@ def test_shuffled_labels_keep_their_number_and_move_by_whole_groups():
 def test_every_assignment_of_labels_is_equally_likely():
     member = np.array([True, True, False, False, False])
     counts: dict[bytes, int] = {}
-    for labels in resampling._shuffled(member, alone(member), 10_000, np.random.default_rng(2)):
+    for labels in resampling.shuffled(member, alone(member), 10_000, np.random.default_rng(2)):
         for row in labels:
             counts[row.tobytes()] = counts.get(row.tobytes(), 0) + 1
     assert len(counts) == 10 and max(abs(c - 1000) for c in counts.values()) < 5 * np.sqrt(900)

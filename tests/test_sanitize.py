@@ -341,7 +341,10 @@ def test_one_shard_or_seven_give_one_dataset(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--method", "papre"], r"unknown method 'papre', sanitize.method, use \['paper', 'none'\]"),
+        (
+            ["--method", "papre"],
+            r"unknown method 'papre', sanitize.method, use \['matched', 'crossfitted', 'paper', 'none'\]",
+        ),
         (["--method", "paper"], "method 'paper' needs a text encoder, --target, give the target's manifest"),
         (
             ["--method", "paper", "--target", "nowhere.json"],

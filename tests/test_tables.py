@@ -486,3 +486,33 @@ def test_file_hash_is_coreutils_sha256(tmp_path):
     path: pathlib.Path = tmp_path / "file"
     path.write_bytes(b"http://example.org/a.jpg\nA cat")
     assert tables.file_hash(path) == "e8b7a9c14a1a51d2877f79e5beab63898adde77594e212600f5c8c13d637f15b"
+
+
+def selection(*ids: int) -> pa.RecordBatch:
+    names = [f"{i:032x}" for i in ids]
+    columns = {"sample_id": names, "caption": ["a"] * len(ids), "sha256": names}
+    return pa.RecordBatch.from_pydict(columns, schema=tables.SCHEMAS["selection"])
+
+
+def test_batches_are_read_as_they_were_written(tmp_path):
+    path, whole = tmp_path / "a.parquet", tmp_path / "b.parquet"
+    assert tables.write_batches(path, [selection(1, 2), selection(), selection(3)], "selection", MADE_BY) == 3
+    tables.write(whole, pa.Table.from_batches([selection(1, 2, 3)]), "selection", MADE_BY)
+    assert pq.ParquetFile(path).num_row_groups == 2 and tables.provenance(path) == MADE_BY
+    assert tables.read(path, "selection").equals(tables.read(whole, "selection"))
+    assert [batch.num_rows for batch in tables.batches([path, whole], "selection", 2)] == [2, 1, 2, 1]
+    with pytest.raises(UserError, match="no column"):
+        list(tables.batches([path], "images"))
+
+
+@pytest.mark.parametrize("second", [(2, 3), (0,)])
+def test_batches_out_of_order_are_refused(tmp_path, second):
+    with pytest.raises(UserError, match="out of order"):
+        tables.write_batches(tmp_path / "a", [selection(1, 2), selection(*second)], "selection", MADE_BY)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="no room on the disk"), tables.replacing(tmp_path / "a"):
+        raise OSError(28, "No space left on device")
+    assert not list(tmp_path.iterdir())

@@ -7,7 +7,12 @@ import importlib
 import click
 
 PHASES = {
-    "dataset": ("metadata", "images", "embeddings", "dedup", "sanitize", "distance"),
+    "sources": ("select",),
+    "dataset": ("metadata", "images", "embeddings", "dedup", "distance"),
+    "sanitize": ("sanitize",),
+    "card": ("card",),
+    "attrition": ("probe", "attrition"),
+    "neighbours": ("neighbours",),
     "target": ("train", "target"),
     "features": ("latents", "features"),
     "attacks": ("scores",),

@@ -42,7 +42,7 @@ def audit(
     if dataset is not None:
         seen, truth = _from_dataset(dataset, images, embeddings, options)
     else:
-        seen, truth = _from_sides({"--members": members, "--nonmembers": nonmembers}, options.sentence_model)
+        seen, truth = sides({"--members": members, "--nonmembers": nonmembers}, options.sentence_model)
         if context.get_parameter_source("features") is click.core.ParameterSource.DEFAULT:
             options = dataclasses.replace(options, features=stage.possible(seen))
         if not options.features:
@@ -91,7 +91,7 @@ def _from_dataset(dataset: pathlib.Path, images: Any, embeddings: Any, options: 
 ASIDE = ("caption", "image", "url", "width", "height", "image_embedding", "text_embedding", "sha256", "part", "pool")
 
 
-def _from_sides(paths: dict[str, pathlib.Path], sentence_model: str = "") -> tuple[Any, pl.DataFrame]:
+def sides(paths: dict[str, pathlib.Path], sentence_model: str = "") -> tuple[Any, pl.DataFrame]:
     """What the baselines see of two tables, the members' first, and their labels: all calibration, rows by id.
 
     Groups are the column `group`, else identical captions, else each sample alone.
@@ -229,7 +229,7 @@ def _guard(suspects: pathlib.Path, nonmembers: pathlib.Path, seed: int) -> Any:
     from mia import infer, resampling
     from mia.config import AuditOptions
 
-    seen, truth = _from_sides({"--suspects": suspects, "--nonmembers": nonmembers})
+    seen, truth = sides({"--suspects": suspects, "--nonmembers": nonmembers})
     kinds = stage.possible(seen)
     if not kinds:
         return None

@@ -157,6 +157,21 @@ def write_json(path: pathlib.Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
+def plain(schema: pa.Schema) -> pa.Schema:
+    """A schema without its fields' nullability, which data frames do not know."""
+    return pa.schema([pa.field(f.name, f.type) for f in schema])
+
+
+def write_dropped(path: Any, counts: list[tuple], made: dict, rows_in: int, rows_out: int) -> None:
+    """Write the dropped table, holding rows in = rows out + rows dropped."""
+    total = sum(count for *_, count in counts)
+    if rows_in != rows_out + total:
+        raise AssertionError(f"{rows_in} rows in, {rows_out} out, {total} dropped")
+    schema = tables.SCHEMAS["dropped"]
+    table = pa.Table.from_pylist([dict(zip(schema.names, count, strict=True)) for count in counts], schema=schema)
+    tables.write(path, table, "dropped", made)
+
+
 def say(line: str) -> None:
     """One line for the person who runs the command, on stderr."""
     click.echo(line, err=True)

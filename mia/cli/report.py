@@ -73,6 +73,7 @@ def _json(path: pathlib.Path) -> Any:
 
 def _results(folder: pathlib.Path, targets: dict[str, dict[str, Any]], planted: str) -> Results:
     """Everything the report needs and nothing else: captions are not even read, URLs only to look up planted pairs."""
+    from mia import dedup
     from mia.summary import Results
 
     found = {name: _target(folder, name, about) for name, about in targets.items()}
@@ -82,6 +83,7 @@ def _results(folder: pathlib.Path, targets: dict[str, dict[str, Any]], planted: 
     datasets = {s: frame(path, "dataset", ("sample_id", "member", "part")) for s, path in files.items()}
     ids, vectors = _vectors(folder / "embeddings", pl.concat(datasets.values())["sample_id"].unique())
     near = ("sample_id", "pool", "nearest_id", "distance", "method", "reason")
+    duplicates = tables.read(folder / "duplicates.parquet", "duplicates", near)
     dropped = [frame(folder / "dropped" / f"{name}.parquet", "dropped") for name in ("metadata", "sanitized")]
     return Results(
         name=folder.resolve().name, targets=found, datasets=datasets,
@@ -90,8 +92,11 @@ def _results(folder: pathlib.Path, targets: dict[str, dict[str, Any]], planted: 
         blind_scores=frame(folder / "audit" / "attacked.scores.parquet", "scores"),
         telling=frame(folder / "audit" / "attacked.telling.parquet", "telling"),
         distances={s: frame(folder / "distance" / f"{s}.parquet", "distance") for s in SPLITS},
-        vector_ids=ids, vectors=vectors, duplicates=frame(folder / "duplicates.parquet", "duplicates", near),
+        vector_ids=ids, vectors=vectors, duplicates=pl.DataFrame(pl.from_arrow(duplicates)),
         planted=_planted(planted, folder / "metadata.parquet"), dropped=pl.concat(dropped),
+        thresholds=pl.DataFrame(pl.from_arrow(dedup.threshold_curve(duplicates))),
+        checked_bins=pl.DataFrame(pl.from_arrow(dedup.checked_bins(duplicates))),
+        attrition=frame(folder / "attrition.parquet", "attrition"), survival=_json(folder / "attrition.json"),
         made=_provenance(folder, next(iter(found))),
     )  # fmt: skip
 

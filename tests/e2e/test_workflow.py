@@ -29,7 +29,7 @@ def small() -> dict:
     config["name"] = "small"
     config["shards"] = 1
     config["metadata"]["max_rows_per_pool"] = 150
-    config["sanitize"] |= {"keep_above": 0.0, "max_epochs": 2, "folds": 2, "max_per_side": 110}
+    config["sanitize"] |= {"max_rounds": 2, "folds": 2, "max_per_side": 110}
     config["features"] |= {"settings": [18, 16], "draws": 1}
     config["scores"] |= {"trees": [5, 10], "folds": 3, "attacks": ["loss_threshold", "random_forest"]}
     config["audit"] |= {"folds": 3}
@@ -118,9 +118,8 @@ def test_raising_a_stages_version_reruns_it_and_all_after_it(done):
     module = done.folder / "mia" / "config.py"
     before = module.read_text()
     head, tail = before.split("class DedupOptions", 1)
-    module.write_text(
-        head + "class DedupOptions" + tail.replace("version: ClassVar[int] = 1", "version: ClassVar[int] = 2", 1)
-    )
+    raised = re.sub(r"version: ClassVar\[int\] = \d+", "version: ClassVar[int] = 99", tail, count=1)
+    module.write_text(f"{head}class DedupOptions{raised}")
     try:
         assert set(done.reruns(small())) == AFTER_DEDUP
     finally:

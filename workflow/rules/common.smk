@@ -53,6 +53,19 @@ def all_shards(pattern):
     return [f"{RESULTS}/{pattern}".format(shard=shard) for shard in SHARDS]
 
 
+def earlier_images(wildcards):
+    """The same shard of an earlier run, if there is one: rows that are final are taken over from it."""
+    folder = config["images"].get("previous")
+    return [f"{folder}/{wildcards.shard}.parquet"] if folder else []
+
+
+def references_of(wildcards):
+    """Published embeddings are dealt out to the shards' jobs, so that there are as many jobs as shards."""
+    return config["neighbours"].get("references", [])[
+        int(wildcards.shard) :: len(SHARDS)
+    ]
+
+
 def audited(wildcards):
     """The dataset behind `audit/<split>`: a whole split, or the samples under attack, for the blind baselines."""
     return (

@@ -34,9 +34,34 @@ rule metadata:
         " --output {output.table} --dropped-output {output.dropped} 2>&1 | tee {log}"
 
 
+rule probe:
+    input:
+        metadata=rules.metadata.output.table,
+    output:
+        f"{RESULTS}/probe.json",
+    log:
+        f"{LOGS}/probe.log",
+    benchmark:
+        f"{LOGS}/probe.tsv"
+    conda:
+        CPU_ENV
+    resources:
+        mem_mb=1000,
+        runtime=15,
+        timeout_s=EXECUTION["timeout_s"],
+    params:
+        version=version("images"),
+        options=flags("images", config["images"]),
+    shell:
+        "python -m mia probe --metadata {input.metadata} {params.options} --timeout-s {resources.timeout_s}"
+        " --output {output} 2>&1 | tee {log}"
+
+
 rule images:
     input:
         metadata=rules.metadata.output.table,
+        probe=ancient(rules.probe.output),
+        previous=earlier_images,
     output:
         f"{RESULTS}/images/{{shard}}.parquet",
     log:
@@ -51,13 +76,42 @@ rule images:
         runtime=720,
         concurrency=EXECUTION["concurrency"],
         timeout_s=EXECUTION["timeout_s"],
+        deadline_s=EXECUTION["deadline_s"],
+        per_host=EXECUTION["per_host"],
+        host_delay_s=EXECUTION["host_delay_s"],
     params:
         version=version("images"),
         options=flags("images", config["images"]),
         shards=config["shards"],
+        previous=lambda wildcards, input: repeated("--previous", input.previous),
     shell:
         "python -m mia images --metadata {input.metadata} --shard {wildcards.shard} --shards {params.shards} {params.options}"
-        " --concurrency {resources.concurrency} --timeout-s {resources.timeout_s} --output {output} 2>&1 | tee {log}"
+        " {params.previous} --concurrency {resources.concurrency} --timeout-s {resources.timeout_s}"
+        " --deadline-s {resources.deadline_s} --per-host {resources.per_host} --host-delay-s {resources.host_delay_s}"
+        " --output {output} 2>&1 | tee {log}"
+
+
+rule attrition:
+    input:
+        metadata=rules.metadata.output.table,
+        images=all_shards("images/{shard}.parquet"),
+    output:
+        table=f"{RESULTS}/attrition.parquet",
+        report=f"{RESULTS}/attrition.json",
+    log:
+        f"{LOGS}/attrition.log",
+    benchmark:
+        f"{LOGS}/attrition.tsv"
+    conda:
+        CPU_ENV
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    params:
+        images=lambda wildcards, input: repeated("--images", input.images),
+    shell:
+        "python -m mia attrition --metadata {input.metadata} {params.images} --output {output.table}"
+        " --report-output {output.report} 2>&1 | tee {log}"
 
 
 rule embeddings:
@@ -86,11 +140,44 @@ rule embeddings:
         " --batch-size {resources.batch_size} --output {output} 2>&1 | tee {log}"
 
 
+rule neighbours:
+    input:
+        metadata=rules.metadata.output.table,
+        embeddings=all_shards("embeddings/{shard}.parquet"),
+        own=rules.embeddings.output,
+        references=references_of,
+    output:
+        f"{RESULTS}/neighbours/{{shard}}.parquet",
+    log:
+        f"{LOGS}/neighbours/{{shard}}.log",
+    benchmark:
+        f"{LOGS}/neighbours/{{shard}}.tsv"
+    conda:
+        CPU_ENV
+    resources:
+        mem_mb=4000,
+        runtime=1440,
+    params:
+        version=version("neighbours"),
+        options=flags("neighbours", config["neighbours"]),
+        embeddings=lambda wildcards, input: repeated("--embeddings", input.embeddings),
+        references=lambda wildcards, input: repeated("--reference", input.references),
+        metadata=repeated(
+            "--reference-metadata",
+            filter(None, [config["neighbours"].get("reference_metadata")]),
+        ),
+    shell:
+        "OMP_NUM_THREADS={threads} OPENBLAS_NUM_THREADS={threads} python -m mia neighbours --metadata {input.metadata}"
+        " {params.embeddings} --own {input.own} {params.references} {params.metadata} {params.options}"
+        " --output {output} 2>&1 | tee {log}"
+
+
 rule dedup:
     input:
         metadata=rules.metadata.output.table,
         images=all_shards("images/{shard}.parquet"),
         embeddings=all_shards("embeddings/{shard}.parquet"),
+        neighbours=all_shards("neighbours/{shard}.parquet"),
     output:
         f"{RESULTS}/duplicates.parquet",
     log:
@@ -107,8 +194,10 @@ rule dedup:
         options=flags("dedup", config["dedup"]),
         images=lambda wildcards, input: repeated("--images", input.images),
         embeddings=lambda wildcards, input: repeated("--embeddings", input.embeddings),
+        neighbours=lambda wildcards, input: repeated("--neighbours", input.neighbours),
     shell:
-        "python -m mia dedup --metadata {input.metadata} {params.images} {params.embeddings} {params.options}"
+        "python -m mia dedup --metadata {input.metadata} {params.images} {params.embeddings} {params.neighbours}"
+        " {params.options}"
         " --output {output} 2>&1 | tee {log}"
 
 
@@ -142,12 +231,15 @@ rule sanitize:
             config["sanitize"]
             | ({} if wildcards.split == SPLIT else {"method": "none"}),
         ),
+        device=EXECUTION["device"],
+        rounds=f"{RESULTS}/rounds/{{split}}",  # no output: a retry goes on after the last finished round
         images=lambda wildcards, input: repeated("--images", input.images),
     shell:
         "OMP_NUM_THREADS={threads} python -m mia sanitize --metadata {input.metadata} {params.images}"
         " --duplicates {input.duplicates} --target {input.target} {params.options} --seed {params.seed}"
         " --batch-size {resources.batch_size} --output {output.dataset} --attacked-output {output.attacked}"
-        " --selection-output {output.selection} --dropped-output {output.dropped} --report-output {output.report} 2>&1 | tee {log}"
+        " --selection-output {output.selection} --dropped-output {output.dropped} --report-output {output.report}"
+        " --device {params.device} --rounds-folder {params.rounds} 2>&1 | tee {log}"
 
 
 rule distance:
@@ -166,10 +258,12 @@ rule distance:
         mem_mb=4000,
         runtime=60,
     params:
+        version=version("distance"),
         seed=SEED,
+        options=flags("distance", config["distance"]),
         embeddings=lambda wildcards, input: repeated("--embeddings", input.embeddings),
     shell:
-        "OMP_NUM_THREADS={threads} python -m mia distance --dataset {input.dataset} {params.embeddings} --seed {params.seed}"
+        "OMP_NUM_THREADS={threads} python -m mia distance --dataset {input.dataset} {params.embeddings} {params.options} --seed {params.seed}"
         " --output {output} 2>&1 | tee {log}"
 
 
@@ -201,3 +295,43 @@ rule audit:
     shell:
         "OMP_NUM_THREADS={threads} python -m mia audit --dataset {input.dataset} {params.images} {params.embeddings}"
         " {params.options} {params.rates} --seed {params.seed} --output {output.metrics} 2>&1 | tee {log}"
+
+
+rule card:
+    input:
+        dataset=f"{RESULTS}/dataset/{SPLIT}.parquet",
+        audit=[f"{RESULTS}/audit/{split}.parquet" for split in ("unsanitized", SPLIT)],
+        dropped=[
+            rules.metadata.output.dropped,
+            f"{RESULTS}/dropped/{SPLIT}.parquet",
+        ],
+        images=(
+            all_shards("images/{shard}.parquet")
+            if config["card"]["with_images"]
+            else []
+        ),
+    output:
+        directory(f"{RESULTS}/card"),
+    log:
+        f"{LOGS}/card.log",
+    benchmark:
+        f"{LOGS}/card.tsv"
+    conda:
+        CPU_ENV
+    resources:
+        mem_mb=2000,
+        runtime=60,
+    params:
+        options=config["card"],
+        tables=lambda wildcards, input: " ".join(
+            repeated(flag, values)
+            for flag, values in (
+                ("--audit", input.audit),
+                ("--dropped", input.dropped),
+                ("--images", input.images),
+            )
+        ),
+        bytes="--with-images" if config["card"]["with_images"] else "--no-with-images",
+    shell:
+        "python -m mia card --dataset {input.dataset} {params.tables} {params.bytes}"
+        " --title {params.options[title]:q} --licence {params.options[licence]:q} --output {output} 2>&1 | tee {log}"

@@ -1,6 +1,6 @@
 import json
 
-REPORT_VERSION = 2  # raise it when the report changes for the same tables
+REPORT_VERSION = 3  # raise it when the report changes for the same tables
 REPORT_FIGURES = {
     "roc": "Attacks",
     "controls": "Attacks",
@@ -17,10 +17,13 @@ REPORT_TABLES = {
     "all_metrics": "Attacks",
     "blind_audits": "Dataset",
     "telling": "Dataset",
+    "attrition": "Dataset",
     "dropped": "Dataset",
     "sanitization_rounds": "Dataset",
     "dedup_recall": "Near-duplicates",
     "dedup_methods": "Near-duplicates",
+    "dedup_thresholds": "Near-duplicates",
+    "dedup_checked_bins": "Near-duplicates",
     "targets": "Provenance",
     "settings": "Provenance",
     "provenance": "Provenance",
@@ -78,6 +81,7 @@ rule report:
         ),
         embeddings=all_shards("embeddings/{shard}.parquet"),
         duplicates=rules.dedup.output,
+        attrition=rules.attrition.output,
         metadata=rules.metadata.output.table,
         dropped=[rules.metadata.output.dropped, f"{RESULTS}/dropped/{SPLIT}.parquet"],
         planted=config["report"]["planted"] or [],
