@@ -26,6 +26,7 @@ lint: $(READY)
 bench: $(READY)  ## speed, as ratios against a naive twin in the same run
 	$(RUN) python -m benchmarks.features
 	$(RUN) python -m benchmarks.evaluation
+	$(RUN) python -m benchmarks.coverage
 	$(RUN) python -m benchmarks.images
 	$(RUN) python -m benchmarks.selection
 	$(RUN) python -m benchmarks.search

@@ -149,6 +149,8 @@ def _score_rows(ids: np.ndarray, kind: str, variant: str, score: np.ndarray) -> 
 
 
 def _refuse(seen: Seen, options: AuditOptions) -> None:
+    if options.top_features < 1:
+        raise UserError(f"{options.top_features} features to name", "audit.top_features", "give 1 or more")
     if not options.features:
         raise UserError("no kind of feature is asked for", "audit.features", f"use {list(KINDS)}")
     for kind in options.features:
@@ -202,7 +204,7 @@ def _caption(seen: Seen, seed: int) -> list[_Variant]:
 
 def _image(seen: Seen, seed: int) -> list[_Variant]:
     """Statistics of the file and its pixels, its CLIP embedding, and `all`, boosted trees on both."""
-    statistics = np.array([blind.image_statistics(data) for data in seen.images or ()])
+    statistics = blind.of_images(list(seen.ids), seen.images or ())
     found = [_Variant("statistics", statistics, blind.IMAGE_STATISTICS, blind.boosting(seed), "alone")]
     if seen.image_embeddings is not None:
         embedding = _embedding("image embedding", seen.image_embeddings)

@@ -233,6 +233,21 @@ def image_statistics(data: bytes) -> list[float]:
     ]  # fmt: skip
 
 
+def of_images(ids: Sequence[str], images: Sequence[bytes]) -> np.ndarray:
+    """`image_statistics` of each, float64[n, k].
+
+    Raises:
+        UserError: one of them is no image; it names the sample.
+    """
+    found = []
+    for sample_id, data in zip(ids, images, strict=True):
+        try:
+            found.append(image_statistics(data))
+        except pixels.ImageError as problem:
+            raise UserError(f"image cannot be decoded ({problem})", sample_id, "drop the sample") from problem
+    return np.array(found, dtype=np.float64)
+
+
 def _middle(image: Any) -> Any:
     left, top = (max(0, side - IMAGE_SIDE) // 2 for side in image.size)
     return image.crop((left, top, min(image.width, left + IMAGE_SIDE), min(image.height, top + IMAGE_SIDE)))

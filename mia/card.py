@@ -16,10 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mia.config import UNTUNED
 from mia.errors import UserError
 from mia.tables import PARTS, SCHEMAS
 
-VERSION = 1
+VERSION = UNTUNED["card"]
 COLUMNS = ("sample_id", "url", "caption", "sha256", "member", "group", "part")
 IMAGE = pa.field("image", pa.struct([("bytes", pa.large_binary()), ("path", pa.string())]))
 AUDIT_METRICS = ("auc", "tpr")

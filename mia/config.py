@@ -103,7 +103,8 @@ class DedupOptions:
 class SanitizeOptions:
     """Method, its strength, and how the finished dataset is cut.
 
-    `matched` and its `step`, `min_keep` and `caliper` are ours (`mia/matching.py`). `paper` is the authors' procedure
+    `matched` is ours (`mia/matching.py`): at most `max_rounds`, each taking the part `step` of the log-odds away, as
+    long as `min_keep` of the smaller side stay, then pairs within `caliper` log-odds. `paper` is the authors' procedure
     on chunks of members (`laion-mi/` of arXiv 2306.12983), `crossfitted` its classifiers for pools too small for that.
     """
 
@@ -236,6 +237,7 @@ STAGES: dict[str, type] = {
     "scores": ScoresOptions,
     "evaluation": EvaluationOptions,
 }
+UNTUNED = {"target": 1, "attrition": 1, "card": 1}  # versions of the stages that have no options
 COMMANDS = STAGES | {
     "selection": SelectionOptions,
     "infer": InferOptions,
@@ -278,7 +280,7 @@ def _validator() -> Any:
 
 
 def _explained(error: Any, where: str) -> UserError:
-    at = f"{where}: {_dotted(error.absolute_path)}".rstrip(": ")
+    at = f"{where}{'' if where.startswith('--') else ': '}{_dotted(error.absolute_path)}".rstrip(": ")
     if error.validator == "additionalProperties":
         known = sorted(error.schema["properties"])
         name = next(key for key in error.instance if key not in known)
@@ -330,6 +332,23 @@ def _check_targets(config: dict[str, Any], where: str) -> None:
         if extra:
             at = f"{where}: targets.{name}.settings"
             raise _wrong(at, f"setting {extra[0]} is not requested", "add it to features.settings")
+
+
+def refuse_out_of_range(stage: str, values: Mapping[str, Any]) -> None:
+    """Hold options that came as flags to what the schema says of those in `config.yaml`.
+
+    Raises:
+        UserError: names the flag, its value, and how to mend it.
+    """
+    import jsonschema
+
+    section = _validator().schema["properties"].get(stage, {}).get("properties", {})
+    section = section["models"]["additionalProperties"]["properties"] if stage == "train" else section
+    for name, rule in section.items():
+        if name in values:
+            plain = list(values[name]) if isinstance(values[name], tuple) else values[name]
+            for error in jsonschema.Draft202012Validator(rule).iter_errors(plain):
+                raise _explained(error, f"--{flag_name(name)}")
 
 
 def flag_name(option: str) -> str:

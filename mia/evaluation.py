@@ -17,11 +17,9 @@ import pyarrow as pa
 from mia import metrics, resampling, rng, tables
 from mia.config import EvaluationOptions
 from mia.errors import UserError
-from mia.scored import Scored
+from mia.scored import CHANCE, CHOSEN, SHIFT, SIGNAL, Scored
 
-CHOSEN = "best_of_all"  # the attack's name in rows where the choice was made over all attacks
 PAPER_SEED = 123  # of the authors' subsamples
-CHANCE, SHIFT, SIGNAL = "chance", "explained by shift", "signal"
 
 Row = dict[str, Any]
 
@@ -52,6 +50,9 @@ def evaluate(
         raise UserError(
             "rivals without a calibration part", "--blind or --control", "a verdict is on a choice: give it"
         )
+    for name, control in (controls or {}).items():
+        if not set(scored.names) & set(control.names):
+            raise UserError("control has none of the scores' columns", name, "score it by the same attacks")
     run = _Run(scored, options, seed, blind, dict(controls or {}))
     rows = list(run.as_is())
     if "calibration" in run.at:
@@ -66,16 +67,19 @@ def _check(scored: Scored, options: EvaluationOptions) -> None:
     targets = options.fpr_targets
     if not targets or not all(0 < target <= 1 for target in targets):
         raise UserError(f"fpr_targets are {targets}", "evaluation.fpr_targets", "give rates above 0, at most 1")
+    if len(set(targets)) < len(targets):
+        raise UserError(f"fpr_targets are {targets}", "evaluation.fpr_targets", "give each rate once")
     if not 0 < options.confidence < 1:
         raise UserError(f"confidence is {options.confidence}", "evaluation.confidence", "give a number between 0 and 1")
-    for name, least in (("bootstrap", 100), ("permutations", 100), ("paper_resamples", 1), ("paper_size", 1)):
+    for name, least in (("bootstrap", 100), ("permutations", 100), ("crossfit_folds", 2), ("paper_resamples", 1),
+                        ("paper_size", 1)):  # fmt: skip
         value = getattr(options, name)
         if value < least:
             raise UserError(f"{name} is {value}", f"evaluation.{name}", f"give {least} or more")
     for part in dict.fromkeys(("test", *scored.part)):
         member = scored.member[scored.part == part]
         if not member.any() or member.all():
-            raise UserError(f"the {part} part holds one side only", "dataset", "bring members and non-members to it")
+            raise UserError(f"the {part} part holds one side only", "labels", "bring members and non-members to it")
         note = _too_few(targets[0], int((~member).sum()))
         if note:
             raise UserError(f"the {part} part's {note}", "evaluation.fpr_targets", "bring more, or raise --fpr")
@@ -130,7 +134,7 @@ class _Run:
         for column, (attack, variant) in enumerate(self.scored.names):
             score = self.scores[:, column]
             named = {"attack": attack, "variant": variant, "part": "test", "method": "as_is"}
-            found = measured(score, self.member, self.resamples[:, column], self.options, self.options.confidence)
+            found = self._measured(column, self.options.confidence)
             yield from _with(found, named, p[column])
             yield self._optimistic(score) | named
 
@@ -151,11 +155,10 @@ class _Run:
         for place, (attack, column) in enumerate(chosen.items()):
             score = self.scored.scores[rows, column]
             named = {"attack": attack, "variant": self._variant(attack, column), "method": "holdout"}
-            found = measured(score, member, resamples[:, place], self.options, self.together)
+            group = self.scored.group[rows]
+            found = measured(score, member, group, resamples[:, place], self.options, self.together)
             yield from _with(found, named | {"part": "calibration"})
-            found = measured(
-                self.scores[:, column], self.member, self.resamples[:, column], self.options, self.together
-            )
+            found = self._measured(column, self.together)
             found = [self._judged(row | more, column) for row, more in zip(found, p[place], strict=True)]
             yield from _with([*found, *self._frozen(column, score, member)], named | {"part": "test"})
 
@@ -172,24 +175,29 @@ class _Run:
                 yield _row(self.member, metric, hits / n, low, high, fpr_target=target, threshold=_finite(threshold))
         threshold = metrics.best_threshold(score, member)
         # Balanced accuracy is the AUC of the yes or no that the threshold makes of a score.
-        value, variance = resampling.delong((mine >= threshold).astype(float)[:, None], self.member, self.group)
+        called = mine >= threshold
+        value, variance = resampling.delong(called.astype(float)[:, None], self.member, self.group)
         low, high = _normal(value[0], variance[0, 0], self.together)
+        rates = [(int(right.sum()), len(right)) for right in (called[self.member], ~called[~self.member])]
+        if any(hits in (0, n) for hits, n in rates):  # of a rate of 0 or 1 a variance knows no doubt
+            exact = [metrics.exact_interval(hits, n, (1 + self.together) / 2) for hits, n in rates]  # both at once
+            low = min(low, sum(one for one, _ in exact) / 2)
+            high = max(high, sum(other for _, other in exact) / 2)
         yield _row(self.member, "balanced_accuracy", value[0], low, high, threshold=_finite(threshold))
 
     def crossfit(self) -> Iterator[Row]:
         """As holdout, in folds over all samples: a variant is chosen on the others and read on the fold.
 
         Where folds choose different variants, each is put on one scale first, by the median and quartiles that
-        non-members have in the training folds.
+        non-members have in the training folds; by their standard deviation where the quartiles are equal.
         """
         rows = np.arange(len(self.scored.member))
         found = crossfitted(self.scored, self.options, self.seed)
         resamples = self._bootstrap(np.stack([score for score, _ in found.values()], axis=1), rows, "all")
         for place, (attack, (score, variant)) in enumerate(found.items()):
             named = {"attack": attack, "variant": variant, "part": "all", "method": "crossfit"}
-            yield from _with(
-                measured(score, self.scored.member, resamples[:, place], self.options, self.together), named
-            )
+            everyone = self.scored.member, self.scored.group
+            yield from _with(measured(score, *everyone, resamples[:, place], self.options, self.together), named)
 
     def paper(self, holdout: list[Row]) -> Iterator[Row]:
         """The best variant on the test part itself, mean over subsamples; and by how much that is above holdout."""
@@ -221,6 +229,11 @@ class _Run:
 
     # What rows are made of
 
+    def _measured(self, column: int, confidence: float) -> list[Row]:
+        """A column's rows on the test part."""
+        rows = self.member, self.group, self.resamples[:, column]
+        return measured(self.scores[:, column], *rows, self.options, confidence)
+
     def _variant(self, attack: str, column: int) -> str:
         name, variant = self.scored.names[column]
         return f"{name} {variant}".strip() if attack == CHOSEN else variant
@@ -249,7 +262,10 @@ class _Run:
         if row.get("value") is None or not (self.blind or self.controls):
             return row
         rivals = self._rivals(column)
+        name = self.scored.names[column]
+        lacking = [label for label, control in self.controls.items() if name not in control.names]
         row = row | {"p_shift": max((self._p_over(row, column, rival) for rival, _ in rivals), default=None)}
+        row = row | ({"note": f"not held against {', '.join(lacking)}, which lacks it"} if lacking else {})
         alpha = 1 - self.options.confidence
         if row["p_adjusted"] > alpha:
             return row | {"verdict": CHANCE}
@@ -309,7 +325,8 @@ def crossfitted(scored: Scored, options: EvaluationOptions, seed: int) -> dict[s
         for column, (train, test) in zip(columns, folds, strict=True):
             values = scored.scores[:, column]
             low, middle, high = np.quantile(values[train][~scored.member[train]], [0.25, 0.5, 0.75])
-            scale = (middle, (high - low) or 1.0) if len(set(columns)) > 1 else (0.0, 1.0)
+            width = (high - low) or values[train][~scored.member[train]].std() or 1.0
+            scale = (middle, width) if len(set(columns)) > 1 else (0.0, 1.0)
             score[test] = (values[test] - scale[0]) / scale[1]
         out[attack] = score, _tally([scored.names[column] for column in columns], attack == CHOSEN)
     return out
@@ -332,17 +349,23 @@ def _by_attack(names: list[tuple[str, str]]) -> dict[str, list[int]]:
 
 
 def measured(
-    score: np.ndarray, member: np.ndarray, resamples: np.ndarray, options: EvaluationOptions, confidence: float
-) -> list[Row]:
+    score: np.ndarray, member: np.ndarray, group: np.ndarray, resamples: np.ndarray, options: EvaluationOptions,
+    confidence: float,
+) -> list[Row]:  # fmt: skip
     """Rows of a metrics table, without names: exact AUC, and TPR at each FPR target, with intervals.
 
     Intervals are the bootstrap's, `resamples` float64[bootstrap, 1 + targets]; for a TPR, at least as wide as the exact
-    binomial one of its hits, since a bootstrap of no hit at all knows no doubt. A target that allows not even one false
-    positive gets no value but a note why.
+    binomial one of its hits, since a bootstrap of no hit at all knows no doubt. For the same reason an AUC of 0 or 1
+    gets the exact interval of as many independent pairs as the smaller side has groups. A target that allows not even
+    one false positive gets no value but a note why.
     """
     n, m = int(member.sum()), int((~member).sum())
     low, high = metrics.interval(resamples, confidence)
-    rows = [_row(member, "auc", metrics.auc(score, member), low[0], high[0])]
+    area = metrics.auc(score, member)
+    if area in (0.0, 1.0):
+        pairs = min(len(np.unique(group[side])) for side in (member, ~member))
+        low[0], high[0] = metrics.exact_interval(int(area) * pairs, pairs, confidence)
+    rows = [_row(member, "auc", area, low[0], high[0])]
     for target, lower, upper in zip(options.fpr_targets, low[1:], high[1:], strict=True):
         few = _too_few(target, m)
         if few:

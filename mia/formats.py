@@ -27,21 +27,28 @@ def read(path: pathlib.Path) -> pl.DataFrame:
         if path.suffix == ".npz":
             return _from_arrays(_arrays(path), path)
         return pl.read_csv(path) if path.suffix == ".csv" else pl.read_parquet(path)
-    except (pl.exceptions.PolarsError, OSError, ValueError, zipfile.BadZipFile) as problem:
+    except (pl.exceptions.PolarsError, OSError, EOFError, ValueError, zipfile.BadZipFile) as problem:
         kind = {".npz": "npz", ".csv": "CSV"}.get(path.suffix, "Parquet")
         raise UserError(f"table cannot be read as {kind} ({problem})", path, "make it anew") from problem
 
 
 def _arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as file:
+    found = np.load(path, allow_pickle=False)
+    if not isinstance(found, np.lib.npyio.NpzFile):
+        raise ValueError("it holds one array without a name")
+    with found as file:
         return {name: file[name] for name in file.files}
 
 
 def _from_arrays(arrays: dict[str, np.ndarray], path: pathlib.Path) -> pl.DataFrame:
     timesteps = arrays.pop("timesteps", None)
+    if timesteps is not None and (timesteps.ndim != 1 or timesteps.dtype.kind not in "iu" or _repeats(timesteps)):
+        raise UserError("timesteps are no list of different whole numbers", path, "name each variant once")
     lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
-    if len(set(lengths.values())) != 1 or not all(lengths.values()):
+    if len(set(lengths.values())) != 1 or not all(array.ndim and array.size for array in arrays.values()):
         raise UserError(f"arrays differ in length: {lengths}", path, "give each sample one row in all of them")
+    if arrays.get("sample_id", np.empty(0)).ndim > 1:
+        raise UserError("sample_id is no list", path, "give each sample one")
     ids = arrays.pop("sample_id", np.array([f"{row:08d}" for row in range(next(iter(lengths.values())))]))
     found = {"sample_id": pl.Series(ids)}
     for name, array in arrays.items():
@@ -56,3 +63,7 @@ def _from_arrays(arrays: dict[str, np.ndarray], path: pathlib.Path) -> pl.DataFr
             )
         found |= {f"{name}/{step:03d}": pl.Series(averaged[:, place]) for place, step in enumerate(steps)}
     return pl.DataFrame(found)
+
+
+def _repeats(numbers: np.ndarray) -> bool:
+    return len(np.unique(numbers)) < len(numbers)

@@ -3,8 +3,9 @@
 URLs come from strangers. An address inside the machine or its network is refused after name resolution and at every
 redirect, sizes are capped before memory is spent, and only Pillow's readers for web formats ever see the bytes.
 
-Bytes wait in a spool, a file if the caller gives one, until the whole shard is known and its rows can leave in order: a
-slow host holds nobody up, and memory does not grow with the images.
+Bytes wait in a spool, a file if the caller gives one, until the whole shard is known and its rows can leave in order:
+memory does not grow with the images. A row that waits for a slow or resting host keeps its worker; the others, of which
+there are `concurrency`, go on.
 """
 
 from __future__ import annotations
@@ -237,10 +238,11 @@ def _batches(ids: list[str], rows: list[_Row], store: _Spool) -> Iterator[pa.Rec
 
 def _refuse_if_cut_off(rows: list[_Row]) -> None:
     """Links die one by one. When no host can be reached at all it is this machine, and links would be blamed for it."""
-    causes = {row["status"] for row in rows}
-    if len(rows) >= FEW and causes <= {"dns", "connection", "timeout"}:
-        what = f"none of {len(rows)} images could be fetched ({', '.join(sorted(causes))}): the network is down"
-        raise UserError(what, rows[0]["detail"], "mend the connection, name lookup or firewall, or allow more time")
+    asked = [row for row in rows if row["status"] not in ("refused", "blocked_address", "not_found")]  # no host answers
+    causes = {row["status"] for row in asked}
+    if len(asked) >= FEW and causes <= {"dns", "connection", "timeout"}:
+        what = f"none of {len(asked)} images could be fetched ({', '.join(sorted(causes))}): the network is down"
+        raise UserError(what, asked[0]["detail"], "mend the connection, name lookup or firewall, or allow more time")
 
 
 async def _fetch_all(

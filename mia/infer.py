@@ -87,6 +87,8 @@ def infer(
     sides = by_group(suspects, suspect_group), by_group(reference, reference_group)
     columns = _varying(sides, known)
     a, b = combined(sides[0][:, columns], sides[1][:, columns], _only(known, columns))
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise UserError("scores are too large to be averaged", "suspects and reference", "divide them by a constant")
     if max(np.ptp(a), np.ptp(b)) <= SAME:
         fix = "give scores that differ between samples, not a label of the side"
         raise UserError("the combined score is constant within each side", "suspects and reference", fix)

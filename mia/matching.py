@@ -22,12 +22,14 @@ from typing import Any
 import numpy as np
 
 from mia import metrics, rng
+from mia.config import SanitizeOptions
 from mia.errors import UserError
 
 log = logging.getLogger(__name__)
 
 FEWEST = 50  # a side; fewer cannot tell a leak from chance
 FPR = 0.01
+MEMORY = 0.25  # weight of the first round's propensity, the only one that knows the samples dropped since
 SURE = 1.645  # standard errors above chance that random labels pass one time in twenty
 TAIL_SURE = 2.326  # and one time in a hundred
 NO_PARTNER, TELLING = "no partner within the caliper", "too telling of its side"
@@ -35,27 +37,6 @@ RARE = 3  # an n-gram that fewer captions share tells nothing
 _FUNCTION_WORDS = frozenset(
     {"a", "an", "and", "as", "at", "by", "for", "from", "in", "is", "of", "on", "the", "to", "with"}
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class MatchOptions:
-    """How attackers are fitted and how much they may cost.
-
-    Args:
-        folds: of every cross-fit.
-        max_rounds: at most so many are run, whether the audit passes or not.
-        step: the part of the log-odds that one round takes away.
-        memory: weight of the first round's propensity, the only one that knows the samples dropped since.
-        min_keep: pairs are never fewer than this share of the smaller side.
-        caliper: largest distance within a pair, in log-odds of the first round's propensity.
-    """
-
-    folds: int = 5
-    max_rounds: int = 15
-    step: float = 0.3
-    memory: float = 0.25
-    min_keep: float = 0.75
-    caliper: float = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +90,9 @@ class Attacker:
 # ---------------------------------------------------------------------------------------------------- the method
 
 
-def matched(views: Sequence[View], member: np.ndarray, group: np.ndarray, options: MatchOptions, seed: int) -> Matched:
+def matched(
+    views: Sequence[View], member: np.ndarray, group: np.ndarray, options: SanitizeOptions, seed: int
+) -> Matched:
     """Pairs of members and non-members that attackers on `views` cannot tell apart.
 
     A group is kept or dropped whole. One with samples on both sides is dropped first: whether the model saw it is
@@ -143,7 +126,7 @@ def matched(views: Sequence[View], member: np.ndarray, group: np.ndarray, option
 
 def _thin_until_fair(
     attackers: Sequence[Attacker], rows: np.ndarray, member: np.ndarray, code: np.ndarray, reason: np.ndarray,
-    options: MatchOptions, seed: int,
+    options: SanitizeOptions, seed: int,
 ) -> tuple[np.ndarray, First, list[dict]]:  # fmt: skip
     """The rows left when a round passes that lost none to pairing, the first round's propensity, and the reports.
 
@@ -172,7 +155,7 @@ def _thin_until_fair(
 
 def _look(
     number: int, attackers: Sequence[Attacker], rows: np.ndarray, member: np.ndarray, code: np.ndarray,
-    first: First | None, options: MatchOptions, seed: int,
+    first: First | None, options: SanitizeOptions, seed: int,
 ) -> tuple[np.ndarray, dict, First]:  # fmt: skip
     """One audit of `rows`: log-odds to thin by, float64[len(rows)], the report, and the first round's propensity."""
     mine, round_seed = member[rows], int(rng.stream(seed, f"round {number}", purpose="matched").integers(2**31))
@@ -181,12 +164,12 @@ def _look(
     if first is None:
         first = First(*(_scattered(x, rows, len(member)) for x in (scores, fold, calibrated(odds, mine))))
     old = stacked(first.scores[rows], mine, first.fold[rows])
-    mixed = (1 - options.memory) * odds + options.memory * old
+    mixed = (1 - MEMORY) * odds + MEMORY * old
     return mixed, _report(number, attackers, scores, odds, old, mine), first
 
 
 def _paired_enough(
-    odds: np.ndarray, rows: np.ndarray, member: np.ndarray, code: np.ndarray, options: MatchOptions
+    odds: np.ndarray, rows: np.ndarray, member: np.ndarray, code: np.ndarray, options: SanitizeOptions
 ) -> np.ndarray:
     """As `paired`; where the rounds stopped too early for `min_keep` pairs, the caliper is doubled until it is met."""
     caliper, fewest = options.caliper, options.min_keep * _smaller(member)

@@ -5,17 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import polars as pl
-import polars.selectors
 
-from mia import tables
+from mia import sources, tables
 from mia.config import MetadataOptions
 from mia.errors import UserError
-
-COLUMNS = ("url", "caption", "language", "width", "height", "aesthetic", "similarity", "punsafe", "pwatermark")
-_TYPES = {
-    "url": pl.String, "caption": pl.String, "language": pl.String, "width": pl.Int32, "height": pl.Int32,
-    "aesthetic": pl.Float32, "similarity": pl.Float32, "punsafe": pl.Float32, "pwatermark": pl.Float32,
-}  # fmt: skip
 
 
 def source_rows(rows: pl.DataFrame, columns: Mapping[str, str], source: str, pool: str) -> pl.DataFrame:
@@ -25,40 +18,18 @@ def source_rows(rows: pl.DataFrame, columns: Mapping[str, str], source: str, poo
         rows: as the source has them.
         columns: our name -> the source's name.
 
-    NaN stands for a value that is not there, as pandas writes it.
-
     Raises:
-        UserError: a name that is none of `COLUMNS`, no url or no caption, a mapped column that the source lacks, or one
-            that cannot be read as its type.
+        UserError: a name that is none of ours, no url or no caption, a mapped column that the source lacks, or one that
+            cannot be read as its type.
     """
-    for name in (*(set(columns) - set(COLUMNS)), *({"url", "caption"} - set(columns))):
-        problem = "has no source's column" if name in COLUMNS else "is no column of ours"
-        raise UserError(f"'{name}' {problem}", "metadata.columns", f"map url, caption and any of {COLUMNS[2:]}")
-    for ours, theirs in columns.items():
-        if theirs not in rows.columns:
-            raise UserError(
-                f"source has no column '{theirs}' for '{ours}'",
-                source,
-                f"map it in metadata.columns; it has {rows.columns}",
-            )
-    named = rows.select(pl.col(theirs).alias(ours) for ours, theirs in columns.items())
-    named = named.with_columns(polars.selectors.float().fill_nan(None))
-    try:
-        out = named.select(
-            (pl.col(name).cast(kind) if name in columns else pl.lit(None, kind).alias(name))
-            for name, kind in _TYPES.items()
-        )
-    except (pl.exceptions.InvalidOperationError, pl.exceptions.ComputeError) as problem:
-        raise UserError(f"a column cannot be read as its type ({problem})", source, "mend the source") from problem
-    out = out.with_columns(clean_caption(pl.col("caption")), pl.lit(source).alias("source"), pl.lit(pool).alias("pool"))
+    with sources.reading(source):
+        out = sources.named([rows.lazy()], columns, source)[0].collect()
+    out = out.with_columns(
+        sources.clean_caption(pl.col("caption")), pl.lit(source).alias("source"), pl.lit(pool).alias("pool")
+    )
     urls, captions = out["url"].to_list(), out["caption"].to_list()
     ids = [tables.sample_id(u or "", c or "") for u, c in zip(urls, captions, strict=True)]
     return out.with_columns(pl.Series("sample_id", ids, pl.String))
-
-
-def clean_caption(caption: pl.Expr) -> pl.Expr:
-    """Control and format characters become spaces, runs of white space one space, and none stands at the ends."""
-    return caption.str.replace_all(r"[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]", " ").str.replace_all(r"\s+", " ").str.strip_chars()
 
 
 def select(rows: pl.DataFrame, options: MetadataOptions) -> tuple[pl.DataFrame, pl.DataFrame]:

@@ -261,6 +261,9 @@ def encoder(model: str, on: torch.device) -> tuple[Any, Any, Any, str]:
     folder = _encoder_folder(model)
     if not (folder / "open_clip_config.json").is_file() or not list(folder.glob("*.safetensors")):
         raise UserError("folder holds no open_clip model", folder, "it needs open_clip_config.json and safetensors")
+    pickles = [path.name for kind in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(kind))]
+    if pickles:  # open_clip chooses among all weights it finds
+        raise UserError(f"folder holds weights that may be a pickle, {pickles[0]}", folder, "keep the safetensors only")
     source = f"local-dir:{folder.resolve()}"
     try:
         net, _, preprocess = open_clip.create_model_and_transforms(source, precision="fp32")

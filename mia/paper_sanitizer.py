@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mia import rng, tables
+from mia.config import SanitizeOptions
 from mia.errors import UserError
-from mia.sanitize import ROUNDS, Round
+from mia.sanitize import ROUNDS, Round, network
 
 if TYPE_CHECKING:
     import torch
@@ -36,22 +37,11 @@ log = logging.getLogger(__name__)
 VERSION = 1
 CHUNK_SEED, SPLIT_SEED, LOADER_SEED = 123, 42, 123
 EVALUATE_EVERY = 2  # epochs
+USED = ("chunk", "keep_above", "hidden_scale", "batch_scale", "learning_rate_scale", "max_epochs")  # of the options
 BLOCK_ROWS = 1024  # read or scored at a time: 242 MB of float32 at 77 x 768
 CACHED_ROWS = 32  # converted at a time by each thread on a CPU, so that the float16 copy stays in its cache
 
 States = Callable[[np.ndarray], np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class PaperOptions:
-    """The chunk, in members, and the bar to stay; the scales shrink networks and their training for small trials."""
-
-    chunk: int = 40_000
-    keep_above: float = 0.5
-    hidden_scale: float = 1.0
-    batch_scale: float = 1.0
-    learning_rate_scale: float = 1.0
-    max_epochs: int = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +67,7 @@ def keep_members(
     states: np.ndarray | States,
     member: np.ndarray,
     ids: Sequence[str],
-    options: PaperOptions,
+    options: SanitizeOptions,
     seed: int,
     folder: pathlib.Path,
     device: str = "cpu",
@@ -141,7 +131,7 @@ def _round(
     pools: Pools,
     earlier: list[Finished],
     spec: Round,
-    options: PaperOptions,
+    options: SanitizeOptions,
     seed: int,
     folder: pathlib.Path,
     device: str,
@@ -176,7 +166,7 @@ def _round(
 
 
 def _collect(
-    pools: Pools, nets: list[torch.nn.Module], start: int, number: int, options: PaperOptions, device: torch.device
+    pools: Pools, nets: list[torch.nn.Module], start: int, number: int, options: SanitizeOptions, device: torch.device
 ) -> tuple[list[int], int]:
     """Rows that every classifier takes for non-members, from chunk `start` on, and the first chunk not used.
 
@@ -249,11 +239,7 @@ def classifier(width: int, spec: Round, scale: float) -> Any:
     """The round's network: float32[n, width] to a probability of being a non-member, float32[n, 1]."""
     import torch
 
-    layers: list[torch.nn.Module] = []
-    for hidden in (max(8, int(h * scale)) for h in spec.hidden):
-        layers += [torch.nn.Linear(width, hidden), torch.nn.LayerNorm(hidden), torch.nn.Dropout(0.5), torch.nn.ReLU()]
-        width = hidden
-    return torch.nn.Sequential(*layers, torch.nn.Linear(width, 1), torch.nn.Sigmoid())
+    return torch.nn.Sequential(*network(width, spec, scale), torch.nn.Sigmoid())
 
 
 def hold(states: States, rows: np.ndarray, device: torch.device, folder: pathlib.Path) -> torch.Tensor:
@@ -288,7 +274,7 @@ def _mapped(shape: tuple[int, int], folder: pathlib.Path) -> np.ndarray:
 
 
 def train(
-    net: torch.nn.Module, held: torch.Tensor, positive: np.ndarray, spec: Round, options: PaperOptions
+    net: torch.nn.Module, held: torch.Tensor, positive: np.ndarray, spec: Round, options: SanitizeOptions
 ) -> dict[str, Any]:
     """Train `net` in place until the validation loss rises; returns epochs, validation losses, and validation AUC.
 
@@ -380,9 +366,9 @@ def _auc(net: torch.nn.Module, held: torch.Tensor, positive: np.ndarray, rows: t
 # ------------------------------------------------------------------------------------------------ between rounds
 
 
-def _run_name(member: np.ndarray, ids: Sequence[str], options: PaperOptions, seed: int) -> str:
+def _run_name(member: np.ndarray, ids: Sequence[str], options: SanitizeOptions, seed: int) -> str:
     """What a folder's rounds belong to: 16 hex digits of version, samples, labels, options and seed."""
-    words = [str(VERSION), json.dumps(dataclasses.asdict(options), sort_keys=True), str(seed)]
+    words = [str(VERSION), *(f"{name} {getattr(options, name)}" for name in USED), str(seed)]
     words += [f"{name} {int(side)}" for name, side in zip(ids, member, strict=True)]
     return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
 
@@ -429,7 +415,7 @@ def _write_weights(folder: pathlib.Path, number: int, net: torch.nn.Module) -> N
         save_file({name: value.cpu().contiguous() for name, value in net.state_dict().items()}, path)
 
 
-def _read_weights(folder: pathlib.Path, number: int, width: int, options: PaperOptions) -> torch.nn.Module:
+def _read_weights(folder: pathlib.Path, number: int, width: int, options: SanitizeOptions) -> torch.nn.Module:
     import torch
     from safetensors.torch import load_file
 

@@ -39,6 +39,8 @@ def folds(
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
+    if count < 2:
+        raise UserError(f"{count} folds", where, "give 2 or more")
     fewest = min(len(np.unique(group[positive == value])) for value in (False, True))
     if fewest < count:
         raise UserError(f"one class has {fewest} groups for {count} folds", where, "lower it, or bring more samples")

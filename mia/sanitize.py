@@ -107,7 +107,7 @@ def fit_predict(
     import torch
 
     torch.manual_seed(seed)
-    net = _network(x.shape[1], spec, options.hidden_scale)
+    net = network(x.shape[1], spec, options.hidden_scale)
     optimiser = torch.optim.Adam(net.parameters(), lr=spec.learning_rate * options.learning_rate_scale)
     batch_size = max(MIN_BATCH, int(spec.batch_size * options.batch_scale))
     weight = torch.tensor(np.where(y, 0.5 / y.mean(), 0.5 / (1 - y.mean())), dtype=torch.float32)
@@ -139,7 +139,8 @@ def fit_predict(
         return torch.sigmoid(net(torch.from_numpy(query)).squeeze(1)).double().numpy()
 
 
-def _network(width: int, spec: Round, scale: float) -> Any:
+def network(width: int, spec: Round, scale: float) -> Any:
+    """A round's classifier: float32[n, width] to the log-odds of its positive class, float32[n, 1]."""
     import torch
 
     layers: list[torch.nn.Module] = []

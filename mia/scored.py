@@ -11,6 +11,8 @@ import polars as pl
 from mia.errors import UserError
 
 SEPARATOR = "\x1f"
+CHOSEN = "best_of_all"  # the attack's name in rows where the choice was made over all attacks
+CHANCE, SHIFT, SIGNAL = "chance", "explained by shift", "signal"  # verdicts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,34 +36,66 @@ def columns(table: pl.DataFrame, where: object) -> pl.DataFrame:
     Raises:
         UserError: a column missing, scores that are not floats, NaN or infinity, an id or a row twice.
     """
-    if "sample_id" not in table.columns:
-        raise UserError("scores have no column 'sample_id'", where, f"columns: {table.columns}")
+    table = identified(table, where)
     if {"attack", "variant", "score"} <= set(table.columns):
+        _refuse_bad_scores(table.select("score"), where)
         if table.select("sample_id", "attack", "variant").is_duplicated().any():
             raise UserError("two scores of one sample by one attack", where, "give each once")
         table = table.with_columns(pl.concat_str("attack", "variant", separator=SEPARATOR).alias("column"))
         found = table.pivot("column", index="sample_id", values="score")
     else:
         found = table.drop("member", "group", "part", strict=False)
-        _refuse_bad_columns(found, where)
         names = [name for name in found.columns if name != "sample_id"]
-        found = found.rename({n: n.replace("/", SEPARATOR, 1) if "/" in n else n + SEPARATOR for n in names})
+        _refuse_bad_scores(found.select(names), where)
+        twice = found.filter(found["sample_id"].is_duplicated())
+        if len(twice):
+            raise UserError(f"{len(twice)} rows share a sample_id", twice["sample_id"][0], f"each once in {where}")
+        renamed = {n: n.replace("/", SEPARATOR, 1) if "/" in n else n + SEPARATOR for n in names}
+        if len(set(renamed.values())) < len(names) or any(name.count(SEPARATOR) != 1 for name in renamed.values()):
+            raise UserError("columns do not name their attacks apart", where, f"rename some of {names}")
+        found = found.rename(renamed)
+    if any(name.split(SEPARATOR)[0] == CHOSEN for name in found.columns):
+        raise UserError(f"a score is named '{CHOSEN}', as the choice over all is", where, "rename it")
     kinds = [pl.col(name).cast(pl.Float64) for name in sorted(found.columns) if name != "sample_id"]
-    return found.select(pl.col("sample_id").cast(pl.String), *kinds)
+    return found.select("sample_id", *kinds)
 
 
-def _refuse_bad_columns(table: pl.DataFrame, where: object) -> None:
-    names = [name for name in table.columns if name != "sample_id"]
-    if not names:
+def identified(table: pl.DataFrame, where: object) -> pl.DataFrame:
+    """The table with its `sample_id` as text.
+
+    Raises:
+        UserError: there is none, or some are empty or are lists.
+    """
+    if "sample_id" not in table.columns:
+        raise UserError("table has no column 'sample_id'", where, f"columns: {table.columns}")
+    return table.with_columns(_words(table, "sample_id", where))
+
+
+def groups_of(table: pl.DataFrame, where: object, names: Sequence[str] = ("group",)) -> pl.Series:
+    """The near-duplicate group of each row: the first of the columns `names` that is there, else the sample alone.
+
+    Raises:
+        UserError: some entries of that column are empty or are lists.
+    """
+    return _words(table, next((name for name in names if name in table.columns), "sample_id"), where).alias("group")
+
+
+def _words(table: pl.DataFrame, name: str, where: object) -> pl.Series:
+    if table[name].dtype.is_nested() or table[name].dtype == pl.Binary:
+        raise UserError(f"column '{name}' is {table[name].dtype}", where, "make it text or whole numbers")
+    if table[name].has_nulls():
+        raise UserError(f"column '{name}' has empty values", where, "fill them, or drop the rows")
+    return table[name].cast(pl.String)
+
+
+def _refuse_bad_scores(scores: pl.DataFrame, where: object) -> None:
+    if not scores.columns:
         raise UserError("scores have no float column", where, "give at least one column of scores")
-    for name in names:
-        if not table[name].dtype.is_float():
-            raise UserError(f"column '{name}' is {table[name].dtype}", where, "make it float, or drop it")
-        if not table[name].is_finite().fill_null(False).all():
+    for name in scores.columns:
+        if not scores[name].dtype.is_float():
+            raise UserError(f"column '{name}' is {scores[name].dtype}", where, "make it float, or drop it")
+        if not scores[name].is_finite().fill_null(False).all():
             raise UserError(f"column '{name}' holds NaN, infinity or nothing", where, "mend it, or drop the rows")
-    twice = table.filter(table["sample_id"].is_duplicated())
-    if len(twice):
-        raise UserError(f"{len(twice)} rows share a sample_id", twice["sample_id"][0], f"each once in {where}")
 
 
 def stacked(parts: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
@@ -82,30 +116,33 @@ def stacked(parts: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
 
 
 def labels(test: pl.DataFrame, calibration: pl.DataFrame | None) -> pl.DataFrame:
-    """sample_id, member, group and part of wide tables; without a column `group` each sample stands alone.
+    """sample_id, member, group and part, a row for each sample; without a column `group` each sample stands alone.
 
     Raises:
-        UserError: no or another than a bool `member`, empty values, an id or a group in both parts.
+        UserError: no or another than a bool `member`, empty values, two labels of one sample, an id or a group in both
+            parts.
     """
     parts = {"test": test} if calibration is None else {"calibration": calibration, "test": test}
     found = []
     for part, table in parts.items():
         where = {"test": "--scores", "calibration": "--calibration"}[part]
-        for name in ("sample_id", "member"):
-            if name not in table.columns:
-                raise UserError(f"{part} scores have no column '{name}'", where, f"columns: {table.columns}")
-            if table[name].has_nulls():
-                raise UserError(f"{part} column '{name}' has empty values", where, "fill them")
+        table = identified(table, where)
+        if "member" not in table.columns:
+            raise UserError(f"{part} scores have no column 'member'", where, f"columns: {table.columns}")
+        if table["member"].has_nulls():
+            raise UserError(f"{part} column 'member' has empty values", where, "fill them")
         if table["member"].dtype != pl.Boolean:
             raise UserError(f"{part} column 'member' is {table['member'].dtype}", where, "make it bool")
-        group = pl.col("group" if "group" in table.columns else "sample_id").cast(pl.String)
-        ident = pl.col("sample_id").cast(pl.String)
-        found.append(table.select(ident, "member", group.alias("group"), pl.lit(part).alias("part")))
+        rows = table.select("sample_id", "member", groups_of(table, where), pl.lit(part).alias("part")).unique()
+        torn = rows.filter(rows["sample_id"].is_duplicated())  # a long table tells a sample's label once for each score
+        if len(torn):
+            raise UserError("one sample has two labels or groups", torn["sample_id"].min(), f"give it one in {where}")
+        found.append(rows)
     rows = pl.concat(found)
     for name, rule in (("sample_id", "each sample once, in one part"), ("group", "keep a group in one part")):
         both = rows.filter(pl.col("part").n_unique().over(name) > 1)
         if len(both):
-            raise UserError(f"{both[name].n_unique()} values of {name} stand in both parts", both[name][0], rule)
+            raise UserError(f"{both[name].n_unique()} values of {name} stand in both parts", both[name].min(), rule)
     return rows
 
 

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mia.errors import UserError
+from mia.tables import SCHEMAS
 
 ROWS = 2**16  # vectors read at a time: 0.2 GB of 768 float32
 QUERIES, TILE = 1024, 4096  # one matrix product: wide enough for BLAS, and 16 MB out
@@ -326,22 +327,20 @@ def _thinned(found: Scored, k: int, n: int, slack: np.float32) -> tuple[Scored, 
 # ------------------------------------------------------------------------------------------------ neighbours tables
 
 
-SCHEMA = pa.schema(
-    {"sample_id": pa.string(), "rank": pa.int32(), "reference_id": pa.string(), "distance": pa.float64()}
-)
-
-
 def neighbours(query_ids: np.ndarray, reference: Reference, rows: np.ndarray, apart: np.ndarray) -> pa.Table:
     """The neighbours table of what a search found: sample_id, rank from 1, reference_id, distance."""
     query, place = np.nonzero(rows >= 0)
     found = rows[query, place]
     columns = [query_ids[query], place + 1, reference.ids.take(pa.array(found)), apart[query, place]]
-    return pa.table([pa.array(column, kind) for column, kind in zip(columns, SCHEMA.types, strict=True)], schema=SCHEMA)
+    return pa.table(
+        [pa.array(column, kind) for column, kind in zip(columns, SCHEMAS["neighbours"].types, strict=True)],
+        schema=SCHEMAS["neighbours"],
+    )
 
 
 def merge(found: Iterable[pa.Table], k: int) -> pa.Table:
     """The k nearest of each sample over any number of neighbours tables: the table of one search through all."""
-    pending = [SCHEMA.empty_table()]
+    pending = [SCHEMAS["neighbours"].empty_table()]
     for table in found:
         pending.append(table)
         if sum(len(some) for some in pending) > MERGED:
@@ -351,9 +350,14 @@ def merge(found: Iterable[pa.Table], k: int) -> pa.Table:
 
 def _first(table: pa.Table, k: int) -> pa.Table:
     table = table.sort_by([(column, "ascending") for column in ("sample_id", "distance", "reference_id")])
+    pair = [table[column].combine_chunks() for column in ("sample_id", "reference_id")]
+    if len(table) > 1:  # one reference given twice is one neighbour
+        again = pc.and_(*(pc.equal(column[1:], column[:-1]) for column in pair))
+        table = table.filter(pa.array(np.append(True, ~again.to_numpy(zero_copy_only=False))))
     keys = table["sample_id"].combine_chunks().dictionary_encode().indices.to_numpy()
     place = _places(keys)
-    ranked = table.set_column(table.column_names.index("rank"), "rank", pa.array(place + 1, pa.int32()))
+    rank = SCHEMAS["neighbours"].field("rank")
+    ranked = table.set_column(table.column_names.index("rank"), rank, pa.array(place + 1, pa.int32()))
     return ranked.filter(pa.array(place < k))
 
 

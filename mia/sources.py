@@ -76,7 +76,7 @@ def _download(repo: str, revision: str, file: str, source: str) -> pathlib.Path:
         raise UserError(f"source {what}", source, fix) from problem
     except errors.HFValidationError as problem:
         raise UserError("source names no dataset", source, _FORM) from problem
-    except Exception as problem:  # any other answer, a full disk, or what the HTTP library says of a lost connection
+    except (errors.HTTPError, OSError) as problem:  # any other answer of the hub, a lost connection, a full disk
         if isinstance(problem, OSError) and problem.errno == errno.ENOSPC:
             raise _unreadable(problem, source) from problem
         fix = "run this again; a download goes on where it broke off"
@@ -86,10 +86,12 @@ def _download(repo: str, revision: str, file: str, source: str) -> pathlib.Path:
 def _commit(repo: str, revision: str, file: str) -> str:
     """The commit that a branch or tag now stands for, by the hub, else by the cache, else empty."""
     import huggingface_hub
+    from huggingface_hub import errors
 
-    with contextlib.suppress(Exception):  # this only completes a message
+    failures = errors.HTTPError, OSError, ValueError  # this only completes a message
+    with contextlib.suppress(*failures):
         return huggingface_hub.HfApi().dataset_info(repo, revision=revision).sha or ""
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(*failures):
         cached = huggingface_hub.try_to_load_from_cache(repo, file, revision=revision, repo_type="dataset")
         if isinstance(cached, str):
             return pathlib.Path(cached).parts[-1 - len(pathlib.PurePosixPath(file).parts)]
@@ -135,11 +137,13 @@ def named(pieces: Sequence[pl.LazyFrame], columns: Mapping[str, str], where: obj
     """
     for name in (*(set(columns) - set(TYPES)), *({"url", "caption"} - set(columns))):
         problem = "has no source's column" if name in TYPES else "is no column of ours"
-        raise UserError(f"'{name}' {problem}", "columns", f"map url, caption and any of {COLUMNS[2:]}")
+        raise UserError(
+            f"'{name}' {problem}", "metadata.columns or --column", f"map url, caption and any of {COLUMNS[2:]}"
+        )
     schema = pieces[0].collect_schema()
     for ours, theirs in columns.items():
         if theirs not in schema:
-            there = f"map it in columns; it has {schema.names()}"
+            there = f"map it in metadata.columns or by --column; it has {schema.names()}"
             raise UserError(f"source has no column '{theirs}' for '{ours}'", where, there)
     wanted = [
         _cast(pl.col(columns[name]), schema[columns[name]], kind).alias(name)

@@ -13,8 +13,8 @@ import numpy as np
 import polars as pl
 
 from mia import settings
+from mia.scored import CHOSEN
 
-CHOSEN = "best_of_all"  # as `evaluation` names the choice made over all attacks
 SPLITS = {"unsanitized": "before", "sanitized": "after"}  # when the whole dataset was looked at, next to sanitization
 LOSSES = {"model_loss": "model loss", "latent_error": "latent error", "pixel_error": "pixel error"}
 ATTACKS = {s.name: s.label for s in settings.SETTINGS.values()} | {
@@ -312,18 +312,17 @@ def placed(column: str, order: Sequence[str]) -> pl.Expr:
 
 
 def rounds(results: Results) -> pl.DataFrame:
-    """Sanitization's rounds: round, members in, members kept, non-members, and the classifier's cross-fitted AUC."""
+    """Sanitization's rounds: round, members in and kept, non-members in, the (best) classifier's cross-fitted AUC."""
     kinds = dict.fromkeys(("round", "members_in", "members_kept", "nonmembers"), pl.Int64()) | {"auc": pl.Float64()}
-    rows = []
-    for one in results.rounds.get("rounds", []):
-        if "members_in" in one:
-            rows.append({name: one[name] for name in kinds})
-        elif isinstance(one["round"], int):  # `matched`: both sides shrink, and several attackers look
-            rows.append({
-                "round": one["round"], "members_in": one["members"], "members_kept": one["members"],
-                "nonmembers": one["nonmembers"], "auc": max(one["auc"].values()),
-            })  # fmt: skip
-    return pl.DataFrame(rows, schema=kinds)
+    rows = results.rounds.get("rounds", [])
+    if results.rounds.get("method") == "matched":  # both sides shrink, and several attackers look
+        left = [one["members"] for one in rows]
+        rows = [
+            {"round": number, "members_in": one["members"], "members_kept": kept, "nonmembers": one["nonmembers"],
+             "auc": max(one["auc"].values())}
+            for number, (one, kept) in enumerate(zip(rows, [*left[1:], left[-1]], strict=True), 1)
+        ]  # fmt: skip
+    return pl.DataFrame([{name: one[name] for name in kinds} for one in rows], schema=kinds)
 
 
 def target_rows(results: Results) -> pl.DataFrame:

@@ -220,7 +220,8 @@ def _refuse_duplicate_keys(table: pa.Table, name: str, where: object) -> None:
 def read(paths: Any, name: str, columns: Sequence[str] | None = None) -> pa.Table:
     """Table `name` from one Parquet file or the concatenation of several, checked and sorted.
 
-    `columns`, the table's first key among them, reads a part of it, unchecked but for the columns' presence.
+    `columns`, the table's first key among them, reads a part of it, unchecked but for the columns' presence and,
+    where all key columns are read, for rows that stand twice.
 
     Raises:
         UserError: a file is missing, is not Parquet, lacks a column or breaks off, the files are not of one make, or
@@ -234,7 +235,10 @@ def read(paths: Any, name: str, columns: Sequence[str] | None = None) -> pa.Tabl
         raise UserError(f"{name} files differ in columns or types", where, "make all of them in one way") from problem
     if columns is None:
         return check(table, name, where)
-    return table.sort_by([(column, "ascending") for column in key(name) if column in columns])
+    table = table.sort_by([(column, "ascending") for column in key(name) if column in columns])
+    if set(key(name)) <= set(columns):
+        _refuse_duplicate_keys(table, name, where)
+    return table
 
 
 def batches(paths: Iterable[object], name: str, rows: int = 256) -> Iterator[pa.RecordBatch]:
@@ -244,13 +248,13 @@ def batches(paths: Iterable[object], name: str, rows: int = 256) -> Iterator[pa.
         UserError: as `read` does, when it comes to the fault.
     """
     for path in map(pathlib.Path, map(str, paths)):
-        with _parquet(path, name) as file:
+        with parquet(path, name) as file:
             for batch in file.iter_batches(rows):
                 yield from check(pa.Table.from_batches([batch]), name, path).to_batches()
 
 
 def _read_one(path: pathlib.Path, name: str, columns: Sequence[str] | None) -> pa.Table:
-    with _parquet(path, name) as file:
+    with parquet(path, name) as file:
         absent = [column for column in columns or () if column not in file.schema_arrow.names]
         if absent:
             raise UserError(f"{name} table has no column '{absent[0]}'", path, "is it another table?")
@@ -258,7 +262,12 @@ def _read_one(path: pathlib.Path, name: str, columns: Sequence[str] | None) -> p
 
 
 @contextlib.contextmanager
-def _parquet(path: pathlib.Path, name: str) -> Iterator[pq.ParquetFile]:
+def parquet(path: pathlib.Path, name: str) -> Iterator[pq.ParquetFile]:
+    """The open Parquet file at `path`, spoken of as `name` in errors.
+
+    Raises:
+        UserError: it is missing or is not Parquet.
+    """
     if not path.is_file():
         raise UserError(f"{name} file does not exist", path, "run the stage that makes it, or mend the path")
     try:
@@ -274,7 +283,7 @@ def provenance(path: object) -> dict:
     Raises:
         UserError: the file is missing or is not Parquet.
     """
-    with _parquet(pathlib.Path(str(path)), "Parquet") as file:
+    with parquet(pathlib.Path(str(path)), "Parquet") as file:
         return json.loads((file.schema_arrow.metadata or {}).get(PROVENANCE_KEY, b"{}"))
 
 

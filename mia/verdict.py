@@ -8,9 +8,8 @@ from typing import Any
 
 import polars as pl
 
-from mia.summary import CHOSEN, Results, attack_label, attacks, percent, tpr_key, variant_label
-
-SIGNAL, SHIFT, CHANCE = "signal", "explained by shift", "chance"  # as `evaluation` writes them
+from mia.scored import CHANCE, CHOSEN, SHIFT, SIGNAL
+from mia.summary import Results, attack_label, attacks, percent, tpr_key, variant_label
 
 
 @dataclasses.dataclass(frozen=True)

@@ -192,13 +192,16 @@ def test_evaluate_refuses_bad_tables_in_one_line_and_writes_nothing(mia, folder,
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--fpr", "1.4"), ("(1.4,)", "evaluation.fpr_targets")),
-        (("--fpr", "0"), ("evaluation.fpr_targets",)),
-        (("--fpr", ""), ("evaluation.fpr_targets",)),
+        (("--fpr", "1.4"), ("--fpr[0]: 1.4 is greater than 1; give a rate between 0 and 1",)),
+        (("--fpr", "0"), ("--fpr[0]: 0.0 is not greater than 0",)),
+        (("--fpr", ""), ("--fpr: [] should be non-empty",)),
         (("--fpr", "one"), ("'--fpr'", "'one' is not a comma-separated list of float")),
-        (("--fpr", "0.01,0.01"), ("two rows with one key",)),
-        (("--confidence", "95"), ("confidence is 95", "between 0 and 1")),
-        (("--bootstrap", "0"), ("bootstrap is 0", "give 100 or more")),
+        (("--fpr", "0.01,0.01"), ("(0.01, 0.01)", "give each rate once")),
+        (("--seed", "-1"), ("--seed",)),
+        (("--seed", "4294967296"), ("--seed",)),
+        (("--crossfit-folds", "1"), ("--crossfit-folds: 1 is less than 2",)),
+        (("--confidence", "95"), ("--confidence: 95.0 is not less than 1", "between 0 and 1")),
+        (("--bootstrap", "0"), ("--bootstrap: 0 is less than 100", "100 or more")),
         (("--seed", "x"), ("'--seed'", "'x' is not a valid integer")),
         (("--lower-is-membre",), ("--lower-is-membre", "--lower-is-member")),
         (("--calibration", "absent.parquet"), ("table does not exist", "absent.parquet")),
@@ -384,8 +387,8 @@ def test_scores_read_no_label_of_the_test_part(mia, stages):
         (("--settings", "18,1"), ("setting 1 was not extracted", "mia features --settings 1")),
         (("--settings", "77"), ("unknown setting 77",)),
         (("--settings", "all"), ("'--settings'", "'all' is not a comma-separated list of int")),
-        (("--attacks", "loss"), ("unknown attack 'loss'", "loss_threshold")),
-        (("--attacks", ""), ("no attack is asked for",)),
+        (("--attacks", "loss"), ("--attacks[0]: unknown value 'loss'", "loss_threshold")),
+        (("--attacks", ""), ("--attacks: [] should be non-empty",)),
         (("--attacks", "random_forest", "--folds", "50"), ("one class has 40 groups for 50 folds", "scores.folds")),
         (("--dataset", "absent.parquet"), ("dataset file does not exist", "absent.parquet")),
         (("--features", "absent.parquet"), ("features file does not exist", "absent.parquet")),
@@ -401,7 +404,7 @@ def test_scores_refuses_two_targets_and_a_shard_twice(mia, stages):
     other = tables.read(stages / "f1.parquet", "features")
     tables.write(stages / "f1.parquet", other, "features", {"unet": "another", "seed": 0})
     refused(mia(*scoring(stages)), "features differ in unet", "f1.parquet")
-    refused(mia(*scoring(stages, shards=(0, 0))), "features hold a row twice", "give each shard once")
+    refused(mia(*scoring(stages, shards=(0, 0))), "features table has two rows with one key", "give each shard once")
     assert not (stages / "s.parquet").exists()
 
 

@@ -6,7 +6,6 @@ import json
 import pathlib
 import subprocess
 import sys
-import time
 
 import numpy as np
 import polars as pl
@@ -140,7 +139,7 @@ def test_audit_refuses_what_is_no_question(mia, sides):  # noqa: F811
     refused(mia("audit", "--members", sides / "m.parquet", *output), "nothing to audit")
     refused(mia(*words(sides, "m", "--dataset", sides / "d.parquet")), "nothing to audit")
     refused(mia(*words(sides, "absent")), "table does not exist", "absent")
-    refused(mia(*words(sides, "m", "--features", "smell")), "unknown kind of feature 'smell'")
+    refused(mia(*words(sides, "m", "--features", "smell")), "--features[0]: unknown value 'smell'")
     refused(mia(*words(sides, "m", "--features", "image")), "image")
     refused(mia(*words(sides, "m", "--max-auc", 1.5)), "--max-auc")
     refused(mia(*words(sides)[:-1], "0.001"), "150 non-members allow no false positive at 0.001")
@@ -218,12 +217,11 @@ def test_infer_refuses_bad_tables(mia, tmp_path, broken, said):  # noqa: F811
 
 
 @pytest.mark.parametrize("command", ["evaluate", "audit", "infer"])
-def test_commands_start_without_torch_in_a_moment(command):
+def test_commands_start_without_torch(command):
     code = f"import sys; sys.argv = ['mia', '{command}', '--help']\nfrom mia.__main__ import main\n"
     code += "try:\n    main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
-    start = time.monotonic()
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
-    assert time.monotonic() - start < 15, "1.5 s is the goal on a quiet machine"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and f" {command} [OPTIONS]" in done.stdout, done.stderr
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def test_method_none_keeps_everything(mia, folder):  # noqa: F811
 def test_sanitize_refuses_what_is_no_question(mia, folder):  # noqa: F811
     refused(mia("sanitize", "--members", folder / "m.parquet"), "nothing to sanitize")
     refused(mia(*words(folder, "--metadata", folder / "x.parquet")), "nothing to sanitize")
-    refused(mia(*words(folder, "--method", "magic")), "unknown method 'magic'", "matched")
+    refused(mia(*words(folder, "--method", "magic")), "unknown value 'magic'", "matched")
     refused(mia(*words(folder, "--method", "paper")), "method 'paper' needs a text encoder", "--target")
     pl.read_parquet(folder / "m.parquet").drop("caption").write_parquet(folder / "m.parquet")
     refused(mia(*words(folder)), "tables have no column 'caption'")

@@ -334,9 +334,9 @@ def test_the_schema_is_itself_valid_and_lists_what_the_code_has():
     target = SCHEMA["properties"]["targets"]["additionalProperties"]["properties"]
     assert target["attacks"]["items"]["enum"] == list(scores.ATTACKS)
     columns = SCHEMA["properties"]["metadata"]["properties"]["columns"]["properties"]
-    from mia import metadata, sanitize
+    from mia import sanitize, sources
 
-    assert list(columns) == list(metadata.COLUMNS)
+    assert list(columns) == list(sources.COLUMNS)
     assert properties("sanitize")["method"]["enum"] == list(sanitize.METHODS)
 
 

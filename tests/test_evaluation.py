@@ -462,6 +462,170 @@ def test_no_more_than_one_in_twenty_useless_attacks_is_called_anything_but_chanc
     assert verdicts.count("chance") >= 34
 
 
+def doubles(dataset: pl.DataFrame, names: dict[tuple[str, str], tuple[float, float]], seed: int = 1) -> pl.DataFrame:
+    """As `scored`, with one score for both samples of each group: copies that look like evidence."""
+    table = scored(names, dataset, seed).join(dataset.select("sample_id", "group"), on="sample_id")
+    shared = pl.col("score").first().over("group", "attack", "variant")
+    return table.with_columns(shared).drop("group")
+
+
+def evaluated_with(
+    dataset: pl.DataFrame, main: pl.DataFrame, blind: pl.DataFrame | None = None, control: pl.DataFrame | None = None
+) -> pl.DataFrame:
+    options = EvaluationOptions((0.05,), bootstrap=300, permutations=300)
+    others = {} if control is None else {"c": joined(control, dataset)}
+    aside = None if blind is None else joined(blind, dataset)
+    return pl.DataFrame(pl.from_arrow(evaluation.evaluate(joined(main, dataset), options, 0, aside, others)))
+
+
+def test_the_blind_variant_to_beat_is_the_one_that_calibration_chose():
+    """Two blind variants that change places between the parts: held out, the chosen one is weak."""
+    dataset = population(800)
+    blind = scored({("blind_caption", "x"): (2.0, 0.0), ("blind_caption", "y"): (0.0, 2.0)}, dataset, 5)
+    fair = scored({("a", "v"): (0.0, 0.0)}, dataset, 6)
+    found = evaluated_with(dataset, scored({("a", "v"): (1.0, 1.0)}, dataset, 7), blind, fair)
+    assert rows_of(found, attack="a", method="holdout")["auc", None]["verdict"] == "signal"
+
+
+def test_a_verdict_counts_how_many_attacks_were_tried():
+    """Of twenty useless attacks some pass alone; adjusted for their number, as good as none may."""
+    alone = together = 0
+    for seed in range(6):
+        dataset = population(400, seed)
+        main = scored({(f"a{i:02d}", "v"): (0.0, 0.0) for i in range(20)}, dataset, 10 * seed)
+        fair = scored({(f"a{i:02d}", "v"): (0.0, 0.0) for i in range(20)}, dataset, 10 * seed + 1)
+        blind = scored({("blind_caption", "x"): (-2.0, -2.0)}, dataset, 10 * seed + 2)
+        found = evaluated_with(dataset, main, blind, fair).filter(method="holdout", part="test", metric="auc")
+        found = found.filter(pl.col("attack") != evaluation.CHOSEN)
+        alone += (found["p_value"] <= 0.05).sum()
+        together += (found["verdict"] != "chance").sum()
+    assert alone >= 3 and together <= 2
+
+
+def test_intervals_of_holdout_rows_hold_together_over_the_attacks():
+    dataset = population(400)
+    names = {("a", "v"): (1.0, 1.0)}
+    one = evaluated_with(dataset, scored(names, dataset))
+    many = evaluated_with(dataset, scored(names | {(f"b{i}", "v"): (0.0, 0.0) for i in range(9)}, dataset))
+    width = [
+        {m: (row := rows_of(t, attack="a", method=m)["auc", None])["ci_high"] - row["ci_low"] for m in METHODS}
+        for t in (one, many)
+    ]
+    assert width[1]["as_is"] == pytest.approx(width[0]["as_is"], rel=1e-9)
+    for method in ("holdout", "crossfit"):  # 99.5 % instead of 95 %: 2.81 standard deviations instead of 1.96
+        assert width[1][method] == pytest.approx(2.81 / 1.96 * width[0][method], rel=0.2)
+
+
+METHODS = ("as_is", "holdout", "crossfit")
+
+
+def test_copies_are_no_evidence_in_paired_tests_and_balanced_accuracy():
+    dataset = population(400)
+    alone = dataset.with_columns(group="sample_id")
+    main, rival = (
+        doubles(dataset, {(name, "v"): (shift, shift)}, seed) for name, shift, seed in (("a", 0.6, 1), ("a", 0.3, 2))
+    )
+    rows = {
+        name: rows_of(evaluated_with(truth, main, None, rival), attack="a", method="holdout")
+        for name, truth in (("grouped", dataset), ("alone", alone))
+    }
+    assert rows["grouped"]["auc", None]["p_shift"] > 1.5 * rows["alone"]["auc", None]["p_shift"]
+    width = {
+        name: row["balanced_accuracy", None]["ci_high"] - row["balanced_accuracy", None]["ci_low"]
+        for name, row in rows.items()
+    }
+    assert width["grouped"] > 1.2 * width["alone"]
+
+
+def test_no_interval_is_without_doubt_and_none_leaves_0_to_1():
+    """Perfect scores, and hits that a bootstrap of 0 or 20 in 20 cannot doubt."""
+    dataset = population(160)
+    perfect = dataset.select(
+        "sample_id",
+        attack=pl.lit("a"),
+        variant=pl.lit("v"),
+        score=pl.col("member") * 5.0 + pl.Series(np.arange(160) / 200),
+    )
+    found = evaluated_with(dataset, perfect).filter(pl.col("ci_low").is_not_null())
+    assert (found["ci_low"] >= 0).all() and (found["ci_high"] <= 1).all()
+    assert (found["ci_low"] < found["ci_high"]).all()
+    row = rows_of(evaluated_with(dataset, perfect), attack="a", method="as_is")["auc", None]
+    assert (row["value"], row["ci_low"]) == (1.0, pytest.approx(0.025 ** (1 / 20)))  # 20 groups a side: 20 sure pairs
+    worst = perfect.with_columns(-pl.col("score"))
+    rows = rows_of(evaluated_with(dataset, worst), attack="a", method="as_is")
+    assert rows["auc", None]["ci_high"] == pytest.approx(1 - 0.025 ** (1 / 20))
+    exact = metrics.exact_interval(0, 40, 0.95)
+    assert rows["tpr", 0.05]["value"] == 0 and rows["tpr", 0.05]["ci_high"] >= exact[1]
+
+
+def test_a_control_that_shares_no_column_is_refused_and_one_that_lacks_the_column_is_named():
+    dataset = population(400)
+    main = scored({("a", "v"): (1.5, 1.5), ("b", "v"): (1.5, 1.5)}, dataset, 1)
+    other = scored({("a", "w"): (0.0, 0.0)}, dataset, 2)
+    with pytest.raises(UserError, match="control has none of the scores' columns, c"):
+        evaluated_with(dataset, main, None, other)
+    partial = scored({("a", "v"): (0.0, 0.0)}, dataset, 3)
+    blind = scored({("blind_caption", "x"): (0.0, 0.0)}, dataset, 4)
+    found = evaluated_with(dataset, main, blind, partial)
+    assert rows_of(found, attack="a", method="holdout")["auc", None]["note"] == ""
+    row = rows_of(found, attack="b", method="holdout")["auc", None]
+    assert row["verdict"] is None and "no negative control" in row["note"]
+
+
+def test_folds_that_disagree_are_put_on_one_scale_even_where_most_scores_tie():
+    """Two variants in units a thousand apart, nine of ten scores zero: raw, one fold's hits would outrank another's."""
+    dataset = population(800)
+    chance = 0.1 + 0.2 * dataset["member"].to_numpy()
+    for seed in range(20):
+        r = np.random.default_rng(seed)
+        table = dataset.with_columns(
+            pl.Series(f"a/{name}", np.where(r.random(800) < chance, unit * (1 + r.random(800)), 0.0))
+            for name, unit in (("small", 1.0), ("large", 1000.0))
+        )
+        data = scored_tables.join(scored_tables.columns(table, "scores"), dataset)
+        score, variant = evaluation.crossfitted(data, EvaluationOptions((0.2,), crossfit_folds=4), 1)["a"]
+        if "(" in variant:
+            break
+    assert "(" in variant, "this test wants folds that disagree"
+    folds = rng.folds(4, data.member, data.group, 1, "")
+    highest = [score[test].max() for _, test in folds]
+    assert max(highest) < 5 * min(highest), "no fold's hits outrank another's by their unit alone"
+
+
+# Tables from outside
+
+
+def long(table: pl.DataFrame) -> pl.DataFrame:
+    """A wide table as one row for each sample and score, labels repeated."""
+    rows = table.unpivot(["t1", "t2"], index=["sample_id", "member"], variable_name="attack", value_name="score")
+    return rows.with_columns(variant=pl.lit(""))
+
+
+def test_a_long_table_with_labels_counts_each_sample_once():
+    plain, stretched = from_wide(wide()), from_wide(long(wide()))
+    assert plain.names == stretched.names and plain.ids.tolist() == stretched.ids.tolist()
+    np.testing.assert_array_equal(plain.scores, stretched.scores)
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        (lambda t: long(t).with_columns(first("member", False)), "one sample has two labels or groups"),
+        (lambda t: long(t).with_columns(first("score", float("inf"))), "column 'score' holds NaN, infinity"),
+        (lambda t: long(t).with_columns(pl.col("score").cast(pl.String)), "column 'score' is String"),
+        (lambda t: t.with_columns(group=pl.when(pl.int_range(pl.len()) > 0).then(pl.lit("g"))), "'group' has empty"),
+        (lambda t: t.with_columns(sample_id=pl.concat_list("sample_id")), "column 'sample_id' is List"),
+        (lambda t: t.with_columns(pl.col("t1").alias("t2/")), "do not name their attacks apart"),
+        (lambda t: t.rename({"t1": "a\x1fb/c"}), "do not name their attacks apart"),
+        (lambda t: t.rename({"t1": "best_of_all"}), "a score is named 'best_of_all'"),
+    ],
+)
+def test_more_tables_that_are_refused_in_one_line(broken, words):
+    with pytest.raises(UserError) as problem:
+        evaluated(broken(wide()), None)
+    assert words in str(problem.value) and "\n" not in str(problem.value)
+
+
 # The ROC table
 
 
@@ -531,12 +695,12 @@ def first(column: str, value: object) -> pl.Expr:
 
 
 BAD_WIDE = {
-    "no ids": (lambda t: t.drop("sample_id"), "test scores have no column 'sample_id', --scores"),
+    "no ids": (lambda t: t.drop("sample_id"), "table has no column 'sample_id', --scores"),
     "no labels": (lambda t: t.drop("member"), "test scores have no column 'member', --scores"),
     "labels as text": (lambda t: t.with_columns(pl.col("member").cast(pl.String)), "test column 'member' is String"),
     "labels as 0 and 1": (lambda t: t.with_columns(pl.col("member").cast(pl.Int64)), "test column 'member' is Int64"),
     "a label missing": (lambda t: t.with_columns(first("member", None)), "test column 'member' has empty values"),
-    "an id missing": (lambda t: t.with_columns(first("sample_id", None)), "test column 'sample_id' has empty values"),
+    "an id missing": (lambda t: t.with_columns(first("sample_id", None)), "column 'sample_id' has empty values, -"),
     "NaN": (lambda t: t.with_columns(first("t2", float("nan"))), "column 't2' holds NaN, infinity or nothing"),
     "infinity": (lambda t: t.with_columns(first("t2", float("-inf"))), "column 't2' holds NaN, infinity or nothing"),
     "a score missing": (lambda t: t.with_columns(first("t1", None)), "column 't1' holds NaN, infinity or nothing"),

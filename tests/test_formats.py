@@ -60,6 +60,12 @@ def written(path: pathlib.Path, **arrays: np.ndarray) -> pathlib.Path:
             "1 timesteps for 2 columns of 'x'",
         ),
         (lambda p: written(p / "s.npz", x=np.float64(3)), "arrays differ in length"),
+        (lambda p: written(p / "d.npz", x=np.zeros((3, 2)), timesteps=np.array([1, 1])), "different whole numbers"),
+        (lambda p: written(p / "z.npz", x=np.zeros((3, 2)), timesteps=np.int64(1)), "different whole numbers"),
+        (lambda p: written(p / "n.npz", x=np.zeros((3, 2, 0))), "arrays differ in length"),
+        (lambda p: written(p / "i.npz", x=np.zeros(3), sample_id=np.zeros((3, 2))), "sample_id is no list"),
+        (lambda p: (p / "e.npz", (p / "e.npz").write_bytes(b""))[0], "cannot be read as npz"),
+        (lambda p: ((p / "one.npz"), np.save((p / "one.npz").open("wb"), np.zeros(3)))[0], "cannot be read as npz"),
     ],
 )
 def test_what_is_no_table_is_refused_in_one_line(tmp_path, make, words):

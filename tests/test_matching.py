@@ -19,8 +19,9 @@ from sklearn.naive_bayes import MultinomialNB
 from sklearn.svm import LinearSVC
 
 from mia import matching, metrics, resampling
+from mia.config import SanitizeOptions
 from mia.errors import UserError
-from mia.matching import Matched, MatchOptions, View
+from mia.matching import Matched, View
 from tests.conftest import SHARED
 
 N = 600  # a side
@@ -80,7 +81,7 @@ def chance(kept: Matched) -> float:
 
 
 def match(said: Sequence[str], member: np.ndarray, group: np.ndarray, seed: int = 0, **options: Any) -> Matched:
-    return matching.matched([View("caption", said)], member, group, MatchOptions(**options), seed)
+    return matching.matched([View("caption", said)], member, group, SanitizeOptions(**options), seed)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,7 @@ def test_a_shifted_column_is_balanced():
     x = r.normal(size=(2 * N, 3))
     x[member, 1] += 0.5
     view = View("image", x, ("width", "height", "sharpness"))
-    kept = matching.matched([view], member, group, MatchOptions(min_keep=0.5), 0)
+    kept = matching.matched([view], member, group, SanitizeOptions(min_keep=0.5), 0)
     assert abs(fresh_auc(x, kept, member, group, forest) - 0.5) < chance(kept)
     height = next(b for b in kept.balance if b["feature"] == "height")
     assert height["before"] > 0.4 and abs(height["after"]) < 0.2 and height["view"] == "image"
@@ -221,7 +222,7 @@ def test_swapped_labels_do_as_well(leaky):
 )
 def test_bad_input_is_refused(views, member, what):
     with pytest.raises(UserError, match=what):
-        matching.matched(views, member, np.arange(200), MatchOptions(), 0)
+        matching.matched(views, member, np.arange(200), SanitizeOptions(), 0)
 
 
 # -------------------------------------------------------------------------------------------------------- LAION-mi

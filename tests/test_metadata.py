@@ -13,7 +13,7 @@ import polars.testing
 import pyarrow as pa
 import pytest
 
-from mia import cli, metadata, tables
+from mia import cli, metadata, sources, tables
 from mia.config import MetadataOptions
 from mia.errors import UserError
 
@@ -77,17 +77,17 @@ def test_nan_is_a_value_that_is_not_there():
         (
             source(),
             {"url": "URL", "captoin": "TEXT"},
-            "'captoin' is no column of ours, metadata.columns, map url, caption",
+            "'captoin' is no column of ours, metadata.columns or --column, map url, caption",
         ),
         (source(), {"url": "URL"}, "'caption' has no source's column, metadata.columns"),
         (
             source(WIDTH=["wide"] * 3),
             COLUMNS,
-            "a column cannot be read as its type .*'width'.*, part-0, mend the source",
+            "a column cannot be read as its type .*'WIDTH'.*, part-0, mend the source",
         ),
-        (source(WIDTH=[2**40] * 3), COLUMNS, "a column cannot be read as its type .*width"),
-        (source(TEXT=[["a", "list"]] * 3), COLUMNS, "a column cannot be read as its type .*caption"),
-        (source(TEXT=[b"\xff\xfe"] * 3), COLUMNS, "a column cannot be read as its type .*utf8"),
+        (source(WIDTH=[2**40] * 3), COLUMNS, "a column cannot be read as its type .*WIDTH"),
+        (source(TEXT=[["a", "list"]] * 3), COLUMNS, "a column cannot be read as its type .*TEXT"),
+        (source(TEXT=[b"\xff\xfe"] * 3), COLUMNS, "source cannot be read .*utf8"),
     ],
 )
 def test_a_source_that_does_not_fit_is_refused(frame, columns, message):
@@ -100,7 +100,7 @@ def test_every_control_character_becomes_a_space_and_every_letter_stays():
     """Oracle: Python's own character database, one character at a time."""
     points = [chr(i) for i in (*range(0x0, 0x500), *range(0x2000, 0x2100), 0xFEFF, 0xFFFC, 0x1F408, 0xE0001, 0xAD)]
     captions = [f"a{c}b" for c in points]
-    found = pl.DataFrame({"c": captions}).select(metadata.clean_caption(pl.col("c")))["c"].to_list()
+    found = pl.DataFrame({"c": captions}).select(sources.clean_caption(pl.col("c")))["c"].to_list()
     for character, cleaned in zip(points, found, strict=True):
         gone = unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp") or character.isspace()
         assert cleaned == ("a b" if gone else f"a{character}b"), hex(ord(character))
@@ -108,7 +108,7 @@ def test_every_control_character_becomes_a_space_and_every_letter_stays():
 
 def test_runs_of_white_space_become_one_space_and_none_stands_at_the_ends():
     dirty = ["\x00\x1b[31mred\x07", " \u00a0 two\r\n\tlines  ", "\u202eright to left", "\n\t ", "", None, "one"]
-    found = pl.DataFrame({"c": dirty}).select(metadata.clean_caption(pl.col("c")))["c"].to_list()
+    found = pl.DataFrame({"c": dirty}).select(sources.clean_caption(pl.col("c")))["c"].to_list()
     assert found == ["[31mred", "two lines", "right to left", "", "", None, "one"]
 
 

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from mia import paper_sanitizer as paper
+from mia.config import SanitizeOptions
 from mia.errors import UserError
 from mia.sanitize import ROUNDS
 
 CHUNK, WIDTH = 40, 16  # 2 x 8 states
-TINY = paper.PaperOptions(chunk=CHUNK, hidden_scale=1 / 256, batch_scale=1 / 16, learning_rate_scale=100, max_epochs=20)
+TINY = SanitizeOptions(chunk=CHUNK, hidden_scale=1 / 256, batch_scale=1 / 16, learning_rate_scale=100, max_epochs=20)
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +39,7 @@ def population(members: int = 845, others: int = 70, seed: int = 0) -> tuple[np.
     return states.astype(np.float16), member, [f"{i:04d}" for i in range(len(member))]
 
 
-def sanitized(folder: pathlib.Path, options: paper.PaperOptions = TINY, seed: int = 0, **changes) -> tuple:
+def sanitized(folder: pathlib.Path, options: SanitizeOptions = TINY, seed: int = 0, **changes) -> tuple:
     states, member, ids = population(**changes)
     return paper.keep_members(states, member, ids, options, seed, folder)
 
@@ -46,7 +47,7 @@ def sanitized(folder: pathlib.Path, options: paper.PaperOptions = TINY, seed: in
 # ------------------------------------------------------------------------------------------------ the oracle
 
 
-def network(width: int, number: int, options: paper.PaperOptions) -> torch.nn.Module:
+def network(width: int, number: int, options: SanitizeOptions) -> torch.nn.Module:
     """The three classifiers, layer by layer, as attacks.md 1.8 lists them."""
     from torch.nn import Dropout, LayerNorm, Linear, ReLU, Sequential, Sigmoid
 
@@ -61,7 +62,7 @@ def network(width: int, number: int, options: paper.PaperOptions) -> torch.nn.Mo
     )  # fmt: skip
 
 
-def oracle_training(x: np.ndarray, y: np.ndarray, number: int, options: paper.PaperOptions, seed: int) -> tuple:
+def oracle_training(x: np.ndarray, y: np.ndarray, number: int, options: SanitizeOptions, seed: int) -> tuple:
     """One classifier, with torch's own DataLoader and a row at a time; the network, and the losses of validation."""
     rate = [1e-3, 1e-5, 1e-5][number] * options.learning_rate_scale
     batch = max(1, int([10_000, 2_000, 128][number] * options.batch_scale))
@@ -108,7 +109,7 @@ def oracle_training(x: np.ndarray, y: np.ndarray, number: int, options: paper.Pa
     return net.eval(), losses
 
 
-def oracle(states: np.ndarray, member: np.ndarray, options: paper.PaperOptions, seed: int) -> tuple[list, list, list]:
+def oracle(states: np.ndarray, member: np.ndarray, options: SanitizeOptions, seed: int) -> tuple[list, list, list]:
     """The procedure of attacks.md 1.8 in plain loops: survivors of each round, validation losses, chunks used."""
     members = [i for i in range(len(member)) if member[i]]
     others = [i for i in range(len(member)) if not member[i]]
@@ -158,7 +159,7 @@ def test_every_round_is_the_oracles(tmp_path, seed):
 
 def test_the_published_sizes_seeds_and_networks():
     assert (paper.CHUNK_SEED, paper.SPLIT_SEED, paper.LOADER_SEED, paper.EVALUATE_EVERY) == (123, 42, 123, 2)
-    options = paper.PaperOptions()
+    options = SanitizeOptions()
     assert (options.chunk, options.keep_above, options.max_epochs) == (40_000, 0.5, 100)
     assert (options.hidden_scale, options.batch_scale, options.learning_rate_scale) == (1, 1, 1)
     for number, spec in enumerate(ROUNDS):
@@ -185,7 +186,7 @@ def test_dropout_ends_with_the_first_evaluation(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.nn, "Dropout", Spy)
     x = np.random.default_rng(0).normal(size=(100, WIDTH)).astype(np.float16)
     held = paper.hold(x.__getitem__, np.arange(100), torch.device("cpu"), tmp_path)
-    options = paper.PaperOptions(hidden_scale=1 / 512, max_epochs=6)  # batch 2000: one step an epoch
+    options = SanitizeOptions(hidden_scale=1 / 512, max_epochs=6)  # batch 2000: one step an epoch
     found = paper.train(paper.classifier(WIDTH, ROUNDS[1], 1 / 512), held, np.arange(100) >= 50, ROUNDS[1], options)
     learning = [True, True] + [False] * (found["epochs"] - 2)
     assert sum(modes) == 2 and modes[:2] == learning[:2] and not any(modes[2:])
@@ -270,7 +271,7 @@ def test_a_finished_run_asks_for_no_state(tmp_path):
     assert np.array_equal(keep, again) and reports == same
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"options": paper.PaperOptions(chunk=41)}])
+@pytest.mark.parametrize("change", [{"seed": 1}, {"options": SanitizeOptions(chunk=41)}])
 def test_a_folder_of_another_run_is_refused(change, tmp_path):
     sanitized(tmp_path)
     with pytest.raises(UserError, match="^the folder holds rounds of other samples, options or seed, .*round-1.json"):

@@ -265,10 +265,6 @@ def metric(world: World, target: str, attack: str, fpr: float | None) -> dict:
     return next(row for row in rows if all(row[key] == value for key, value in wanted.items()))
 
 
-def test_names_are_the_evaluations() -> None:
-    assert summary.CHOSEN == evaluation.CHOSEN
-
-
 def test_every_figure_and_table_is_there(built: tuple[pathlib.Path, str]) -> None:
     output, page = built
     for name in FIGURES:

@@ -233,6 +233,8 @@ def test_paired_comparison_knows_direction_and_equality():
     assert difference == pytest.approx(metrics.auc(score, member) - metrics.auc(noise, member)) and p < 1e-3
     assert resampling.paired_auc(noise, score, member, alone(member))[1] == pytest.approx(1 - p)
     assert resampling.paired_auc(score, 2 * score + 1, member, alone(member)) == (0.0, 1.0)
+    perfect, useless = member.astype(float), np.zeros(600)
+    assert resampling.paired_auc(perfect, useless, member, alone(member)) == (0.5, 0.5**300)
     assert resampling.paired(np.array([0.3, 0.2]), np.array([0.1, 0.2])) == 2 / 3
 
 

@@ -116,12 +116,12 @@ def test_networks_are_the_papers_scaled():
             (type(m).__name__, *m.weight.shape) if isinstance(m, torch.nn.Linear) else type(m).__name__ for m in net
         ]
 
-    one, two, three = (shape(sanitize._network(10, spec, 1 / 64)) for spec in sanitize.ROUNDS)
+    one, two, three = (shape(sanitize.network(10, spec, 1 / 64)) for spec in sanitize.ROUNDS)
     between = ["LayerNorm", "Dropout", "ReLU"]
     assert one == [("Linear", 1, 10)]
     assert two == [("Linear", 64, 10), *between, ("Linear", 1, 64)]
     assert three == [("Linear", 128, 10), *between, ("Linear", 8, 128), *between, ("Linear", 1, 8)]
-    assert {m.p for m in sanitize._network(10, sanitize.ROUNDS[2], 1 / 64) if isinstance(m, torch.nn.Dropout)} == {0.5}
+    assert {m.p for m in sanitize.network(10, sanitize.ROUNDS[2], 1 / 64) if isinstance(m, torch.nn.Dropout)} == {0.5}
 
 
 # ------------------------------------------------------------------------------------------------ cross-fitting
@@ -343,7 +343,7 @@ def test_one_shard_or_seven_give_one_dataset(tmp_path):
     [
         (
             ["--method", "papre"],
-            r"unknown method 'papre', sanitize.method, use \['matched', 'crossfitted', 'paper', 'none'\]",
+            r"--method: unknown value 'papre'; use 'paper'",
         ),
         (["--method", "paper"], "method 'paper' needs a text encoder, --target, give the target's manifest"),
         (

@@ -350,7 +350,10 @@ def rowless(path: pathlib.Path) -> None:
         (corrupt, r"source cannot be read \(.*part-0.parquet, fetch it anew"),
         (mistyped, r"a column cannot be read as its type \(.*fine.*part-0.parquet, mend the source"),
         (listed, r"a column cannot be read as its type \(cannot cast List.*part-0.parquet, mend the source"),
-        (lacking, r"source has no column 'punsafe' for 'punsafe', .*part-0.parquet, map it in columns; it has \['URL'"),
+        (
+            lacking,
+            r"has no column 'punsafe' for 'punsafe', .*part-0.parquet, map it in .* or by --column; it has \['URL'",
+        ),
         (rowless, r"source has no rows, .*, leave it out"),
         (pathlib.Path.unlink, r"source does not exist, .*part-0.parquet, mend its path"),
     ],
@@ -367,7 +370,10 @@ def test_a_bad_source_is_one_clear_line_and_no_output(harm, message, source, tmp
     ("words", "message"),
     [
         (["--column", "caption"], "'caption' names no column, --column, write OURS=THEIRS"),
-        ([*WORDS, "--column", "tittle=TEXT"], "'tittle' is no column of ours, columns, map url, caption"),
+        (
+            [*WORDS, "--column", "tittle=TEXT"],
+            "'tittle' is no column of ours, metadata.columns or --column, map url, caption",
+        ),
         (["--column", "url=URL"], "'caption' has no source's column"),
     ],
 )

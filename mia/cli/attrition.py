@@ -18,7 +18,9 @@ from mia.errors import UserError
 @one("--metadata", "The metadata table.")
 @click.option("--count", type=click.IntRange(1), default=20, help="URLs to try.")
 @click.option("--root", type=PATH, default=".", help="Folder that relative file: URLs start from.")
-@click.option("--timeout-s", type=float, default=30.0, help="Seconds for one download, in all.")
+@click.option(
+    "--timeout-s", type=click.FloatRange(0, min_open=True), default=30.0, help="Seconds for one attempt, in all."
+)
 @click.option("--output", type=PATH, help="Counts by pool and status, as JSON.")
 @stage_options("images")
 def probe(metadata: Any, count: int, root: Any, timeout_s: float, output: pathlib.Path | None, options: Any) -> None:

@@ -97,27 +97,23 @@ def sides(paths: dict[str, pathlib.Path], sentence_model: str = "") -> tuple[Any
     Groups are the column `group`, else identical captions, else each sample alone.
     """
     from mia import audit as stage
-    from mia import blind
+    from mia import blind, scored
 
     parts = []
     for member, (where, path) in zip((True, False), paths.items(), strict=True):
-        table = formats.read(path)
-        if "sample_id" not in table.columns:
-            raise UserError("table has no column 'sample_id'", path, f"columns: {table.columns}")
+        table = scored.identified(formats.read(path), path)
         if not len(table):
             raise UserError("table has no rows", path, "give samples on both sides")
+        _refuse_bad_columns(table, where)
         known = [name for name in (*ASIDE, "group") if name in table.columns]
-        parts.append(table.select(pl.col("sample_id").cast(pl.String), *known, member=pl.lit(member)))
-        for name in ("sample_id", "caption", "url", "image"):
-            if name in table.columns and table[name].has_nulls():
-                raise UserError(f"column '{name}' has empty values", where, "fill them, or drop the rows")
+        parts.append(table.select("sample_id", *known, member=pl.lit(member)))
     shared = [name for name in parts[0].columns if name in parts[1].columns]
     rows = pl.concat([part.select(shared) for part in parts], how="vertical_relaxed").sort("sample_id")
     twice = rows.filter(rows["sample_id"].is_duplicated())
     if len(twice):
         raise UserError(f"{len(twice)} rows share a sample_id", twice["sample_id"][0], "each sample once, on one side")
-    by = next((name for name in ("group", "caption") if name in shared), "sample_id")
-    truth = rows.select("sample_id", "member", group=pl.col(by).cast(pl.String), part=pl.lit("calibration"))
+    group = scored.groups_of(rows, " and ".join(paths), ("group", "caption"))
+    truth = rows.select("sample_id", "member", group, pl.lit("calibration").alias("part"))
     captions = rows["caption"].to_list() if "caption" in shared else None
     seen = stage.Seen(
         rows["sample_id"].to_numpy(), captions=captions,
@@ -132,8 +128,28 @@ def sides(paths: dict[str, pathlib.Path], sentence_model: str = "") -> tuple[Any
     return seen, truth
 
 
+def _refuse_bad_columns(table: pl.DataFrame, where: str) -> None:
+    """Hold what the baselines look at to its type; stated sizes may be empty, nothing else."""
+    kinds = {"caption": pl.String, "url": pl.String, "image": pl.Binary}
+    for name in (name for name in ASIDE if name in table.columns):
+        found = table[name].dtype
+        right = found == kinds[name] if name in kinds else found.is_nested() if "embedding" in name else True
+        if not right or (name in ("width", "height") and not found.is_numeric()):
+            raise UserError(f"column '{name}' is {found}", where, "see `mia audit --help` for what it holds")
+        if table[name].has_nulls() and name not in ("width", "height"):
+            raise UserError(f"column '{name}' has empty values", where, "fill them, or drop the rows")
+
+
 def _vectors(rows: pl.DataFrame, name: str) -> np.ndarray | None:
-    return np.array(rows[name].to_list(), dtype=np.float32) if name in rows.columns else None
+    if name not in rows.columns:
+        return None
+    try:
+        found = np.array(rows[name].to_list(), dtype=np.float32)
+    except (ValueError, TypeError) as problem:
+        raise UserError(f"column '{name}' holds vectors of different lengths, or none", name, "mend it") from problem
+    if not np.isfinite(found).all():
+        raise UserError(f"column '{name}' holds NaN, infinity or nothing", name, "mend it, or drop the rows")
+    return found
 
 
 def _say_audit(rows: pl.DataFrame, telling: pl.DataFrame, target: float) -> None:
@@ -179,12 +195,16 @@ def infer(
 
     paths = {"--suspects": suspects, "--nonmembers": nonmembers} | ({"--known": known} if known else {})
     parts = {where: formats.read(path) for where, path in paths.items()}
+    grouped = ["group" in parts[where].columns for where in ("--suspects", "--nonmembers")]
+    if any(grouped) and not all(grouped):
+        raise UserError("one side has a column 'group', the other has none", "--suspects", "give both one, or neither")
     x, groups = _score_arrays(parts, -1.0 if lower_is_member else 1.0)
     others = None
     if known is not None:
-        if "member" not in parts["--known"].columns or parts["--known"]["member"].dtype != pl.Boolean:
-            raise UserError("known samples have no bool column 'member'", "--known", "add it")
-        others = stage.Known(x["--known"], parts["--known"]["member"].to_numpy(), groups["--known"])
+        label = parts["--known"].get_column("member", default=pl.Series(dtype=pl.Null))
+        if label.dtype != pl.Boolean or label.has_nulls():
+            raise UserError("known samples have no bool column 'member' without gaps", "--known", "add it")
+        others = stage.Known(x["--known"], label.to_numpy(), groups["--known"])
     guard = _guard(suspects, nonmembers, seed) if options.guard else None
     found = stage.infer(
         x["--suspects"], x["--nonmembers"], groups["--suspects"], groups["--nonmembers"], others, guard, options, seed
@@ -208,16 +228,15 @@ def _score_arrays(parts: dict[str, pl.DataFrame], sign: float) -> tuple[dict[str
 
     plain = {where: table.drop(*ASIDE, strict=False) for where, table in parts.items()}
     first = scored.stacked(plain).columns  # also refuses tables with different columns
-    ids = pl.concat([table.select(pl.col("sample_id").cast(pl.String)) for table in parts.values()])
+    ids = pl.concat([scored.identified(table, where).select("sample_id") for where, table in parts.items()])
     twice = ids.filter(ids["sample_id"].is_duplicated())
     if len(twice):
         raise UserError(f"{len(twice)} rows share a sample_id", twice["sample_id"][0], "each sample once, on one side")
     x, groups = {}, {}
     for where, table in parts.items():
         x[where] = sign * scored.columns(plain[where], where).select(first).drop("sample_id").to_numpy()
-        by = next((name for name in ("group", "caption") if name in table.columns), "sample_id")
-        prefix = "" if by == "group" else f"{where} "
-        groups[where] = (prefix + table[by].cast(pl.String)).to_numpy()
+        own = "group" in table.columns  # else one caption on both sides would be one group on both
+        groups[where] = (("" if own else f"{where} ") + scored.groups_of(table, where, ("group", "caption"))).to_numpy()
     return x, groups
 
 

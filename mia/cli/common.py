@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 import mia
 from mia import tables
-from mia.config import COMMANDS, flag_name
+from mia.config import COMMANDS, flag_name, refuse_out_of_range
 from mia.errors import UserError
 
 PATH = click.Path(path_type=pathlib.Path)
@@ -43,6 +43,7 @@ def stage_options(stage: str, name: str = "options") -> Callable:
     def decorate(command: Callable) -> Callable:
         def with_options(**values: Any) -> Any:
             chosen = {f.name: values.pop(f.name) for f in dataclasses.fields(kind)}
+            refuse_out_of_range(stage, chosen)
             return command(**{name: kind(**chosen)}, **values)
 
         with_options.__name__, with_options.__doc__ = command.__name__, command.__doc__
@@ -79,7 +80,7 @@ def listed(kind: type) -> Callable:
     return parse
 
 
-seed_option = click.option("--seed", type=int, default=0, help="Seed of all randomness.")
+seed_option = click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of all randomness.")
 device_option = click.option("--device", default="cpu", help="Torch device; never falls back in silence.")
 workers_option = click.option(
     "--workers", type=click.IntRange(1), default=1, help="Processes to fit in; changes no result."
@@ -113,10 +114,10 @@ def image_bytes(paths: Iterable[object], ids: Iterable[str]) -> dict[str, bytes]
         UserError: one of them has no usable image.
     """
     wanted = list(ids)
-    table = tables.read(list(paths), "images", columns=("sample_id", "status", "bytes"))
-    table = table.filter(pc.is_in(table["sample_id"], pa.array(wanted, pa.string())))
-    table = table.filter(pc.equal(table["status"], "ok"))
-    found = dict(zip(table["sample_id"].to_pylist(), table["bytes"].to_pylist(), strict=True))
+    asked, found = pa.array(wanted, pa.string()), dict[str, bytes]()
+    for batch in tables.batches(paths, "images"):  # never all the bytes of all shards at once
+        mine = batch.filter(pc.and_(pc.is_in(batch["sample_id"], asked), pc.equal(batch["status"], "ok")))
+        found.update(zip(mine["sample_id"].to_pylist(), mine["bytes"].to_pylist(), strict=True))
     absent = [i for i in wanted if i not in found]
     if absent:
         raise UserError(
@@ -130,6 +131,18 @@ def image_bytes(paths: Iterable[object], ids: Iterable[str]) -> dict[str, bytes]
 def frame(path: pathlib.Path, name: str, columns: tuple[str, ...] | None = None) -> pl.DataFrame:
     """Table `name` as a data frame."""
     return pl.DataFrame(pl.from_arrow(tables.read(path, name, columns)))
+
+
+def column_names(pairs: Iterable[str]) -> dict[str, str]:
+    """Our name -> the source's, of words such as `caption=TEXT`; without any, url and caption are called so.
+
+    Raises:
+        UserError: a word without `=`.
+    """
+    wrong = [pair for pair in pairs if "=" not in pair]
+    if wrong:
+        raise UserError(f"'{wrong[0]}' names no column", "--column", "write OURS=THEIRS, as in caption=TEXT")
+    return dict(pair.split("=", 1) for pair in pairs) or {c: c for c in ("url", "caption")}
 
 
 def matching(table: pa.Table, rows: pa.Table) -> pa.Table:
@@ -154,7 +167,7 @@ def target_folder(manifest: pathlib.Path) -> tuple[pathlib.Path, dict]:
 def write_json(path: pathlib.Path, content: Any) -> None:
     """Put `content` at `path` at once, as sorted, indented JSON."""
     with tables.replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def plain(schema: pa.Schema) -> pa.Schema:

@@ -40,10 +40,7 @@ def metadata(
     """Bring sources into one metadata table and drop rows not worth a download."""
     from mia import metadata as stage
 
-    wrong = [pair for pair in columns if "=" not in pair]
-    if wrong:
-        raise UserError(f"'{wrong[0]}' names no column", "--column", "write OURS=THEIRS, as in caption=TEXT")
-    mapping = dict(pair.split("=", 1) for pair in columns) or {c: c for c in ("url", "caption")}
+    mapping = common.column_names(columns)
     parts = []
     for pool, paths in (("member", members), ("candidate", candidates), ("control", controls)):
         for path in paths:
@@ -72,10 +69,19 @@ def _rows(path: pathlib.Path) -> pl.DataFrame:
 @click.option("--shards", type=click.IntRange(1), default=1, help="Number of shares.")
 @click.option("--root", type=PATH, default=".", help="Folder that relative file: URLs start from.")
 @click.option("--concurrency", type=click.IntRange(1), default=32, help="Downloads at a time; changes no result.")
-@click.option("--timeout-s", type=float, default=30.0, help="Seconds for one download, in all.")
-@click.option("--deadline-s", type=float, default=float("inf"), help="Seconds for the shard; the rest are 'timeout'.")
+@click.option(
+    "--timeout-s", type=click.FloatRange(0, min_open=True), default=30.0, help="Seconds for one attempt, in all."
+)
+@click.option(
+    "--deadline-s",
+    type=click.FloatRange(0, min_open=True),
+    default=float("inf"),
+    help="Seconds for the shard; the rest are 'timeout'.",
+)
 @click.option("--per-host", type=click.IntRange(1), default=8, help="Downloads at a time at one host.")
-@click.option("--host-delay-s", type=float, default=0.0, help="Seconds between the starts of two at one host.")
+@click.option(
+    "--host-delay-s", type=click.FloatRange(0), default=0.0, help="Seconds between the starts of two at one host."
+)
 @click.option("--previous", type=PATH, multiple=True, help="Earlier images table: only what may pass is asked again.")
 @one("--output", "The images table of this shard.")
 @stage_options("images")
@@ -93,8 +99,10 @@ def images(
         "images", options, None, [metadata, *previous], shard=f"{shard}/{shards}", libraries=("pillow", "imagehash")
     )
     for path in previous:
-        if tables.provenance(path).get("config_hash") != made["config_hash"]:
-            raise UserError("earlier images were fetched under other options", path, "use the same, or start afresh")
+        before = tables.provenance(path)
+        if any(before.get(name) != made[name] for name in ("config_hash", "version")):
+            what = "earlier images were fetched under other options or by another version"
+            raise UserError(what, path, "use the same, or start afresh")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=output.parent, buffering=0) as spool:
         earlier = tables.batches(previous, "images")

@@ -39,6 +39,8 @@ def evaluate(
     from mia import evaluation as stage
     from mia import scored as table
 
+    if roc_output == output:
+        raise UserError("both outputs are one file", "--roc-output", "name another")
     if dataset is not None:
         for given, flag in ((calibration, "--calibration"), (lower_is_member, "--lower-is-member")):
             if given:
@@ -89,6 +91,14 @@ def _with_classifiers(scored: Any, names: tuple[str, ...], options: Any, seed: i
     from mia import classifiers
     from mia.config import ScoresOptions
 
+    taken = {attack for attack, _ in scored.names}
+    for name in names:
+        if name not in classifiers.LEARNERS:
+            raise UserError(f"unknown learner '{name}'", "--classifiers", f"use {list(classifiers.LEARNERS)}")
+        if name in taken or names.count(name) > 1:
+            raise UserError(f"'{name}' names two attacks", "--classifiers", "name it once, or rename the column")
+    if options.crossfit_folds < 3:
+        raise UserError(f"{options.crossfit_folds} folds", "--crossfit-folds", "classifiers need 3 or more")
     known = scored.part == "calibration"
     if not known.any():
         raise UserError("classifiers need a calibration part", "--classifiers", "give --calibration, or leave them out")

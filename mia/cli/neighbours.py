@@ -110,22 +110,17 @@ def _reference(path: pathlib.Path, metadata: pathlib.Path | None) -> search.Refe
 
 
 @contextlib.contextmanager
-def _parquet(path: pathlib.Path, columns: tuple[str, ...]) -> Iterator[pq.ParquetFile]:
-    if not path.is_file():
-        raise UserError("file does not exist", path, "fetch or make it, or mend the path")
-    try:
-        with pq.ParquetFile(path) as file:
-            absent = [column for column in columns if column not in file.schema_arrow.names]
-            if absent:
-                raise UserError(f"table has no column '{absent[0]}'", path, f"give one with {list(columns)}")
-            yield file
-    except (pa.ArrowInvalid, OSError) as problem:
-        raise UserError(f"file cannot be read as Parquet ({problem})", path, "fetch or make it anew") from problem
+def _with_columns(path: pathlib.Path, columns: tuple[str, ...]) -> Iterator[pq.ParquetFile]:
+    with tables.parquet(path, "Parquet") as file:
+        absent = [column for column in columns if column not in file.schema_arrow.names]
+        if absent:
+            raise UserError(f"table has no column '{absent[0]}'", path, f"give one with {list(columns)}")
+        yield file
 
 
 def _table_reference(path: pathlib.Path) -> search.Reference:
     """An embeddings table, in any order of rows, read one row group at a time."""
-    with _parquet(path, ("sample_id", "image")) as file:
+    with _with_columns(path, ("sample_id", "image")) as file:
         kind = file.schema_arrow.field("image").type
         if not pa.types.is_fixed_size_list(kind):
             raise UserError(
@@ -138,7 +133,7 @@ def _table_reference(path: pathlib.Path) -> search.Reference:
 
 
 def _row_group(path: pathlib.Path, number: int) -> np.ndarray:
-    with _parquet(path, ("image",)) as file:
+    with _with_columns(path, ("image",)) as file:
         column = file.read_row_group(number, columns=["image"])["image"]
         return tables.vectors(column, column.type.value_type.to_pandas_dtype())
 
@@ -182,7 +177,7 @@ def _metadata_files(references: tuple[pathlib.Path, ...], folder: pathlib.Path |
 
 def _metadata_ids(path: pathlib.Path, rows: int) -> pa.Array:
     """The sample id of every row's url and caption, string[n]."""
-    with _parquet(path, ("url", "caption")) as file:
+    with _with_columns(path, ("url", "caption")) as file:
         batches = file.iter_batches(columns=["url", "caption"])
         found = pa.chunked_array([_ids(batch) for batch in batches], pa.string()).combine_chunks()
     if len(found) != rows:

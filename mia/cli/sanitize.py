@@ -38,10 +38,6 @@ from mia.errors import UserError
 @stage_options("sanitize")
 def sanitize(members: Any, nonmembers: Any, metadata: Any, output_dir: Any, **given: Any) -> None:
     """Choose members and non-members that cannot be told apart without the model."""
-    from mia import sanitize as stage
-
-    if given["options"].method not in stage.METHODS:
-        raise UserError(f"unknown method '{given['options'].method}'", "sanitize.method", f"use {list(stage.METHODS)}")
     if members and nonmembers and output_dir and not metadata:
         encoder = {name: given[name] for name in ("target", "device", "batch_size", "rounds_folder")}
         _two_tables(members, nonmembers, output_dir, given["options"], given["seed"], encoder)
@@ -106,7 +102,7 @@ def _chosen(
     if options.method == "none":
         return Chosen(np.ones(len(ids), dtype=bool), reason, {"rounds": []})
     if options.method == "matched":
-        return _matched(captions, images, member, group, options, seed)
+        return _matched(ids, captions, images, member, group, options, seed)
     if encoder["target"] is None:
         raise UserError(f"method '{options.method}' needs a text encoder", "--target", "give the target's manifest")
     keep, rounds, encoders = _by_text_states(ids, captions, member, group, options, seed, encoder)
@@ -115,18 +111,20 @@ def _chosen(
 
 
 def _matched(
-    captions: list[str], images: list[bytes] | None, member: np.ndarray, group: np.ndarray, options: Any, seed: int
+    ids: list[str],
+    captions: list[str],
+    images: list[bytes] | None,
+    member: np.ndarray,
+    group: np.ndarray,
+    options: Any,
+    seed: int,
 ) -> Chosen:
     from mia import blind, matching
 
     views = [matching.View("caption", captions)]
     if images is not None:
-        statistics = np.array([blind.image_statistics(data) for data in images], dtype=np.float64)
-        views.append(matching.View("image", statistics, blind.IMAGE_STATISTICS))
-    names = [field.name for field in dataclasses.fields(matching.MatchOptions) if hasattr(options, field.name)]
-    found = matching.matched(
-        views, member, group, matching.MatchOptions(**{n: getattr(options, n) for n in names}), seed
-    )
+        views.append(matching.View("image", blind.of_images(ids, images), blind.IMAGE_STATISTICS))
+    found = matching.matched(views, member, group, options, seed)
     report = {"rounds": found.rounds, "balance": found.balance, "passed": found.passed}
     return Chosen(found.keep, found.reason, report)
 
@@ -150,11 +148,8 @@ def _by_text_states(
     if options.method == "crossfitted":
         keep, rounds = stage.keep_members(states(np.arange(len(ids))), member, group, options, seed)
         return keep, rounds, about["encoders"]
-    paper = paper_sanitizer.PaperOptions(
-        **{f.name: getattr(options, f.name) for f in dataclasses.fields(paper_sanitizer.PaperOptions)}
-    )
     keep, rounds = paper_sanitizer.keep_members(
-        lambda rows: states(rows).astype(np.float16), member, ids, paper, seed, encoder["rounds_folder"], str(device)
+        lambda rows: states(rows).astype(np.float16), member, ids, options, seed, encoder["rounds_folder"], str(device)
     )
     return keep, rounds, about["encoders"]
 

@@ -11,7 +11,7 @@ import click
 
 from mia import tables
 from mia.cli import common
-from mia.cli.common import PATH, stage_options, write_dropped
+from mia.cli.common import PATH, column_names, stage_options, write_dropped
 from mia.errors import UserError
 
 
@@ -29,7 +29,13 @@ def select(source: str, columns: Any, pool: str, output: Any, dropped_output: An
     from mia import selection as stage
     from mia import sources
 
-    mapping = _mapping(columns)
+    if dropped_output is not None and output is None:
+        raise UserError("nothing is dropped where rows are only counted", "--dropped-output", "give --output too")
+    if output is not None and output.is_dir():
+        raise UserError("output is a folder", output, "name a file")
+    if options.max_rows < 0:
+        raise UserError(f"max_rows is {options.max_rows}", "--max-rows", "give 0 for all, or a number of rows")
+    mapping = column_names(columns)
     if options.languages and "language" not in mapping:
         options = dataclasses.replace(options, detect_language=True)  # else every row would lack it, and pass
     path = sources.fetch(source)
@@ -46,13 +52,6 @@ def select(source: str, columns: Any, pool: str, output: Any, dropped_output: An
         write_dropped(dropped_output, [("select", r, pool, n) for r, n in counts.items()], made, kept + total, kept)
     lost = "".join(f", {reason} {rows:,}" for reason, rows in counts.items())
     common.say(f"{path.name}: {kept + total:,} rows, {kept:,} stay{lost}")
-
-
-def _mapping(columns: Any) -> dict[str, str]:
-    wrong = [pair for pair in columns if "=" not in pair]
-    if wrong:
-        raise UserError(f"'{wrong[0]}' names no column", "--column", "write OURS=THEIRS, as in caption=TEXT")
-    return dict(pair.split("=", 1) for pair in columns) or {c: c for c in ("url", "caption")}
 
 
 def _write(stage: Any, rows: Any, output: pathlib.Path, options: Any, made: dict) -> dict[str, int]:

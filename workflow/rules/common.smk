@@ -5,7 +5,7 @@ import shlex
 import sys
 
 from mia import settings
-from mia.config import STAGES, checked, flags
+from mia.config import STAGES, UNTUNED, checked, flags
 from mia.errors import UserError
 
 try:
@@ -46,7 +46,7 @@ wildcard_constraints:
 
 
 def version(stage):
-    return STAGES[stage].version
+    return UNTUNED[stage] if stage in UNTUNED else STAGES[stage].version
 
 
 def all_shards(pattern):
@@ -56,6 +56,10 @@ def all_shards(pattern):
 def earlier_images(wildcards):
     """The same shard of an earlier run, if there is one: rows that are final are taken over from it."""
     folder = config["images"].get("previous")
+    if folder and pathlib.Path(folder) == pathlib.Path(f"{RESULTS}/images"):
+        sys.exit(
+            "error: config.yaml: images.previous: is this run's own folder; give another run's, or none"
+        )
     return [f"{folder}/{wildcards.shard}.parquet"] if folder else []
 
 
@@ -64,6 +68,23 @@ def references_of(wildcards):
     return config["neighbours"].get("references", [])[
         int(wildcards.shard) :: len(SHARDS)
     ]
+
+
+def reference_metadata_of(wildcards):
+    """Beside `img_emb_N.npy` its `metadata_N.parquet`, so that a change of it reruns the search."""
+    folder = config["neighbours"].get("reference_metadata")
+    files = [pathlib.Path(path) for path in references_of(wildcards)]
+    numbers = [
+        file.stem.removeprefix("img_emb_") for file in files if file.suffix == ".npy"
+    ]
+    return [f"{folder}/metadata_{number}.parquet" for number in numbers if folder]
+
+
+def text_encoder_of(wildcards):
+    """The manifest whose text encoder sanitization needs, where its method needs one."""
+    method = config["sanitize"].get("method", STAGES["sanitize"].method)
+    needed = wildcards.split == SPLIT and method in ("paper", "crossfitted")
+    return [f"{RESULTS}/targets/{MAIN}.json"] if needed else []
 
 
 def audited(wildcards):

@@ -60,7 +60,7 @@ rule probe:
 rule images:
     input:
         metadata=rules.metadata.output.table,
-        probe=ancient(rules.probe.output),
+        probe=rules.probe.output,
         previous=earlier_images,
     output:
         f"{RESULTS}/images/{{shard}}.parquet",
@@ -108,6 +108,7 @@ rule attrition:
         mem_mb=2000,
         runtime=30,
     params:
+        version=version("attrition"),
         images=lambda wildcards, input: repeated("--images", input.images),
     shell:
         "python -m mia attrition --metadata {input.metadata} {params.images} --output {output.table}"
@@ -131,13 +132,13 @@ rule embeddings:
         runtime=240,
         gpu=int(CUDA),
         batch_size=EXECUTION["batch_size"],
+        device=EXECUTION["device"],
     params:
         version=version("embeddings"),
         options=flags("embeddings", config["embeddings"]),
     shell:
         "OMP_NUM_THREADS={threads} python -m mia embeddings --metadata {input.metadata} --images {input.images} {params.options}"
-        f" --device {EXECUTION['device']}"
-        " --batch-size {resources.batch_size} --output {output} 2>&1 | tee {log}"
+        " --device {resources.device} --batch-size {resources.batch_size} --output {output} 2>&1 | tee {log}"
 
 
 rule neighbours:
@@ -146,6 +147,7 @@ rule neighbours:
         embeddings=all_shards("embeddings/{shard}.parquet"),
         own=rules.embeddings.output,
         references=references_of,
+        reference_metadata=reference_metadata_of,
     output:
         f"{RESULTS}/neighbours/{{shard}}.parquet",
     log:
@@ -206,7 +208,7 @@ rule sanitize:
         metadata=rules.metadata.output.table,
         images=all_shards("images/{shard}.parquet"),
         duplicates=rules.dedup.output,
-        target=f"{RESULTS}/targets/{MAIN}.json",
+        target=text_encoder_of,
     output:
         dataset=f"{RESULTS}/dataset/{{split}}.parquet",
         attacked=f"{RESULTS}/attacked/{{split}}.parquet",
@@ -223,6 +225,7 @@ rule sanitize:
         mem_mb=4000,
         runtime=720,
         batch_size=EXECUTION["batch_size"],
+        device=EXECUTION["device"],
     params:
         version=version("sanitize"),
         seed=SEED,
@@ -231,15 +234,15 @@ rule sanitize:
             config["sanitize"]
             | ({} if wildcards.split == SPLIT else {"method": "none"}),
         ),
-        device=EXECUTION["device"],
+        target=lambda wildcards, input: repeated("--target", input.target),
         rounds=f"{RESULTS}/rounds/{{split}}",  # no output: a retry goes on after the last finished round
         images=lambda wildcards, input: repeated("--images", input.images),
     shell:
         "OMP_NUM_THREADS={threads} python -m mia sanitize --metadata {input.metadata} {params.images}"
-        " --duplicates {input.duplicates} --target {input.target} {params.options} --seed {params.seed}"
+        " --duplicates {input.duplicates} {params.target} {params.options} --seed {params.seed}"
         " --batch-size {resources.batch_size} --output {output.dataset} --attacked-output {output.attacked}"
         " --selection-output {output.selection} --dropped-output {output.dropped} --report-output {output.report}"
-        " --device {params.device} --rounds-folder {params.rounds} 2>&1 | tee {log}"
+        " --device {resources.device} --rounds-folder {params.rounds} 2>&1 | tee {log}"
 
 
 rule distance:
@@ -322,6 +325,7 @@ rule card:
         mem_mb=2000,
         runtime=60,
     params:
+        version=version("card"),
         options=config["card"],
         tables=lambda wildcards, input: " ".join(
             repeated(flag, values)

@@ -43,6 +43,7 @@ rule target:
         mem_mb=2000,
         runtime=240,
     params:
+        version=version("target"),
         source=lambda wildcards: TARGETS[wildcards.target]["source"],
         revision=lambda wildcards: TARGETS[wildcards.target].get("revision", ""),
     shell:
