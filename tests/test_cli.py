@@ -404,7 +404,7 @@ def test_scores_refuses_two_targets_and_a_shard_twice(mia, stages):
     other = tables.read(stages / "f1.parquet", "features")
     tables.write(stages / "f1.parquet", other, "features", {"unet": "another", "seed": 0})
     refused(mia(*scoring(stages)), "features differ in unet", "f1.parquet")
-    refused(mia(*scoring(stages, shards=(0, 0))), "features table has two rows with one key", "give each shard once")
+    refused(mia(*scoring(stages, shards=(0, 0))), "features table has two rows with one key", "drop one of them")
     assert not (stages / "s.parquet").exists()
 
 

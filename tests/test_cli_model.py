@@ -67,7 +67,7 @@ def test_from_a_folder_to_features(world):
     assert tables.read(world / "features.parquet", "features").num_rows == 6  # grid and setting, three images
     code, line = features(world, "--losses", "model_los")
     assert code == 2
-    assert line == "error: unknown losses 'model_los', --losses, use model_loss, latent_error, pixel_error"
+    assert line == "error: --losses[0]: unknown value 'model_los'; use 'model_loss'"
 
 
 def test_a_target_that_lacks_a_part(world):

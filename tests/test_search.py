@@ -159,7 +159,7 @@ def test_nothing_to_search_or_to_ask_is_an_empty_table():
     x = np.ones((3, 4), np.float32)
     assert found(x[:0], search.in_memory("x", names(0, 3), x), 2) == []
     assert found(x, search.in_memory("x", names(0, 0), x[:0]), 2) == []
-    assert len(search.merge([], 3)) == 0 and search.merge([], 3).schema == search.SCHEMA
+    assert len(search.merge([], 3)) == 0 and search.merge([], 3).schema == tables.SCHEMAS["neighbours"]
 
 
 def test_only_some_rows_are_searched():
@@ -401,7 +401,7 @@ def spoilt(value: float, row: int = 3) -> Callable:
 
 WRONG = {
     "missing": (lambda folder: None, "reference cannot be read as npy .*No such file.*img_emb_1.npy, fetch it anew"),
-    "no metadata": (no_metadata, "file does not exist, .*metadata_1.parquet, fetch or make it"),
+    "no metadata": (no_metadata, "file does not exist, .*metadata_1.parquet, run the stage"),
     "short metadata": (short_metadata, "metadata have 5 rows for 6 vectors, .*metadata_1.parquet, fetch both anew"),
     "truncated": (truncated, "reference cannot be read as npy .*img_emb_1.npy, fetch it anew"),
     "width": (
@@ -465,7 +465,7 @@ def test_a_neighbour_from_elsewhere_drops_a_candidate(tmp_path):
 
 def test_neighbours_of_strangers_are_refused(tmp_path):
     _, samples = written(tmp_path)
-    alien = pa.table([["f" * 32], pa.array([1], pa.int32()), ["r"], [0.1]], schema=search.SCHEMA)
+    alien = pa.table([["f" * 32], pa.array([1], pa.int32()), ["r"], [0.1]], schema=tables.SCHEMAS["neighbours"])
     with pytest.raises(UserError, match="a neighbours table has a sample that the embeddings lack, ffff"):
         dedup.deduplicate(samples, DedupOptions(), alien)
 
