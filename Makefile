@@ -7,7 +7,7 @@ UV := UV_SYSTEM_CERTS=1 UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(VENV)/bin/uv
 BACKEND := $(if $(wildcard $(PIP_FIND_LINKS)/torch-*),,--torch-backend auto)
 CODE := mia tests benchmarks resources/example
 
-.PHONY: demo test lint bench setup lock figure
+.PHONY: demo test lint bench bench-gpu setup lock figure
 
 demo: $(READY)  ## run the embedded example; opens nothing, prints where the report is
 	$(RUN) snakemake --cores all --profile workflow/profiles/local
@@ -33,6 +33,10 @@ bench: $(READY)  ## speed, as ratios against a naive twin in the same run
 	$(RUN) python -m benchmarks.embeddings
 	$(RUN) python -m benchmarks.sanitize
 	$(RUN) python -m benchmarks.classifiers
+	$(RUN) python -m benchmarks.attacks
+
+bench-gpu: $(READY)  ## one GPU with Stable Diffusion 1.x's shapes: matrix rate, UNet, decoder, the reference's loop, ours
+	$(RUN) python -m benchmarks.gpu
 
 setup: $(READY)
 

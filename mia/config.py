@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import pathlib
+import re
 import shlex
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -165,19 +166,40 @@ class TrainOptions:
 class LatentsOptions:
     """Nothing to choose yet but the version: the VAE's posterior is stored whole, mean and log-variance."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class FeaturesOptions:
-    """What is read off the model: settings by number, losses, draws, and the precision the networks run in."""
+    """What is read off the model: settings by number, probes, losses, draws, and the precision the networks run in.
 
-    version: ClassVar[int] = 1
+    `latent_shift_index` and `latent_shift_by` say before which step setting 3 adds noise to its latent and with what
+    standard deviation; `text_shift_scale` multiplies the shifts of the text states in settings 4, 5 and 8. `crops` are
+    the parts of the side, in percent, that are kept. `posterior` is `mode`, or `sample` for a z0 of each draw's own, as
+    the paper has it. Gradients are taken at `gradient_timesteps`. `variations` of each image and `generations` of each
+    caption are asked of the target itself, in `generation_steps`, or of the HTTP `service`; no more than `query_budget`
+    for each shard, if it is not 0.
+    """
+
+    version: ClassVar[int] = 2
     settings: tuple[int, ...] = (18, 1, 15, 16)
+    probes: tuple[str, ...] = ()
     losses: tuple[str, ...] = ("model_loss", "latent_error", "pixel_error")
     draws: int = 5
     timesteps: str = "reconstructed"
+    latent_shift_index: int = 13
+    latent_shift_by: float = 1.0
+    text_shift_scale: float = 1.0
+    crops: tuple[int, ...] = (82,)
+    posterior: str = "mode"
+    gradient_timesteps: tuple[int, ...] = (1, 101, 201, 301, 401, 501, 601, 701, 801, 901)
+    variations: int = 10
+    generations: int = 3
+    generation_steps: int = 50
+    service: str = ""
+    query_budget: int = 0
     dtype: str = "float32"
+    tf32: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +245,7 @@ class InferOptions:
 
 
 STAGES: dict[str, type] = {
+    "select": SelectionOptions,
     "metadata": MetadataOptions,
     "images": ImagesOptions,
     "embeddings": EmbeddingsOptions,
@@ -237,11 +260,11 @@ STAGES: dict[str, type] = {
     "scores": ScoresOptions,
     "evaluation": EvaluationOptions,
 }
-UNTUNED = {"target": 1, "attrition": 1, "card": 1}  # versions of the stages that have no options
-COMMANDS = STAGES | {
-    "selection": SelectionOptions,
-    "infer": InferOptions,
-}  # what stands alone has no section in config.yaml
+UNTUNED = {"target": 2, "attrition": 1, "card": 1}  # versions of the stages that have no options
+COMMANDS = STAGES | {"infer": InferOptions}  # what stands alone has no section in config.yaml
+COMMIT_TO_FILL_IN = "COMMIT"  # stands in configurations of ours for a commit that only the hub can tell
+_NOT_PARQUET = re.compile(r"hf:.*|.*\.(csv|tsv|json|jsonl|ndjson)(\.gz)?")
+_PINNED = re.compile(r"hf://datasets/[^/@]+/[^/@]+@([0-9a-f]{40}|" + COMMIT_TO_FILL_IN + r")/.+")
 
 
 def load(path: object) -> dict[str, Any]:
@@ -268,6 +291,7 @@ def checked(config: Any, where: str = "config.yaml") -> dict[str, Any]:
     """
     for error in sorted(_validator().iter_errors(config), key=lambda e: (len(e.absolute_path), str(e.absolute_path))):
         raise _explained(error, where)
+    _check_sources(config, where)
     _check_targets(config, where)
     return config
 
@@ -297,9 +321,13 @@ def _explained(error: Any, where: str) -> UserError:
         "maximum": f"{error.instance!r} is greater than {error.validator_value}",
         "exclusiveMinimum": f"{error.instance!r} is not greater than {error.validator_value}",
         "exclusiveMaximum": f"{error.instance!r} is not less than {error.validator_value}",
-        "type": f"{error.instance!r} is not of type {error.validator_value}",
+        "type": f"{error.instance!r} is not of type {_either(error.validator_value)}",
     }
     return _wrong(at, limits.get(error.validator, error.message), hint)
+
+
+def _either(kinds: object) -> str:
+    return " or ".join(kinds) if isinstance(kinds, list) else str(kinds)
 
 
 def _wrong(at: str, what: str, fix: str) -> UserError:
@@ -315,12 +343,41 @@ def _nearest(name: object, known: Any) -> str:
     return " or ".join(f"'{c}'" for c in close) if close else "one of " + ", ".join(f"'{k}'" for k in known)
 
 
+def sources(config: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Pool -> its sources in order, each with its `file`, local or on the hub, and `columns` (ours: the source's)."""
+    section = config["metadata"]
+    return {
+        pool: [{"columns": section["columns"], **({"file": one} if isinstance(one, str) else one)} for one in given]
+        for pool, given in section["sources"].items()
+    }
+
+
+def unpinned(config: Mapping[str, Any]) -> list[str]:
+    """The hub's files whose commit has yet to be filled in; a run stops at them."""
+    mark = f"@{COMMIT_TO_FILL_IN}/"
+    return [one["file"] for given in sources(config).values() for one in given if mark in one["file"]]
+
+
+def _check_sources(config: dict[str, Any], where: str) -> None:
+    """A file of the hub is pinned; and only `select` reads one, or what is not Parquet, or columns of its own."""
+    for pool, given in sources(config).items():
+        for number, one in enumerate(given):
+            at, file = f"{where}: metadata.sources.{pool}[{number}]", one["file"]
+            if file.startswith("hf:") and not _PINNED.fullmatch(file):
+                form = "hf://datasets/OWNER/NAME@COMMIT/FILE, its commit in 40 hex digits"
+                raise _wrong(at, f"'{file}' is no pinned file of the hub", f"write {form}; see the dataset's history")
+            named = one["columns"] != config["metadata"]["columns"]
+            if "select" not in config and (named or _NOT_PARQUET.fullmatch(file)):
+                what = "has columns of its own" if named else f"'{file}' is no local Parquet file"
+                raise _wrong(at, what, "add the section `select`, if only as `select: {}`: it reads such sources")
+
+
 def _check_targets(config: dict[str, Any], where: str) -> None:
     """Folds agree; one target is attacked; none needs a setting that `features` lacks, or a target that is none."""
     mains = [name for name, target in config["targets"].items() if target["role"] == "main"]
     if len(mains) != 1:
         raise _wrong(f"{where}: targets", f"{len(mains)} targets have role 'main'", "give exactly one that role")
-    if config["audit"]["folds"] != config["scores"]["folds"]:
+    if config["audit"].get("folds", AuditOptions.folds) != config["scores"].get("folds", ScoresOptions.folds):
         raise _wrong(f"{where}: audit.folds", "differs from scores.folds", "blind and supervised attacks share folds")
     requested = set(config["features"]["settings"])
     for name, target in config["targets"].items():

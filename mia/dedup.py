@@ -143,7 +143,7 @@ def _mark_by_hash(near: dict[str, np.ndarray], samples: Sample, options: DedupOp
 def groups(samples: Sample, rows: np.ndarray, options: DedupOptions) -> np.ndarray:
     """For each of `rows` the smallest sample id among those linked to it by look-alike images or one caption."""
     linked = search.Components(len(rows))
-    search.link_near(linked, samples.embeddings[rows], options.max_distance)
+    search.link_near(linked, search.Rows(samples.embeddings, rows), options.max_distance)
     search.link_hashes(linked, samples.phash[rows], options.max_hamming)
     first: dict[str, int] = {}
     captions = (caption.casefold() for caption in samples.captions[rows])

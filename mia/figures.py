@@ -350,3 +350,46 @@ def controls(rows: pl.DataFrame, fpr_target: float) -> Figure:
     _in_percent(panels[1].xaxis)
     _legend_above(figure, panels)
     return figure
+
+
+ACCESS_LOOK = {"black": (INK, "^"), "grey": (BLUE, "o"), "white": (VERMILLION, "s")}
+
+
+@styled
+def costs(points: Sequence[dict[str, Any]], lines: dict[str, float], fpr_target: float) -> Figure:
+    """TPR at one FPR over cost, numbered points with intervals, and beside them which attack each number is.
+
+    Args:
+        points: number, attack, access, labels, cost (UNet rows), value, ci_low, ci_high.
+        lines: label -> TPR of what an attack is to be held against.
+    """
+    figure = Figure((WIDE, max(3.4, 0.135 * ((len(points) + 1) // 2) + 0.9)), layout="constrained")
+    axes, aside = figure.subplots(1, 2, width_ratios=(5, 4))
+    aside.set_axis_off()
+    for access, (colour, marker) in ACCESS_LOOK.items():
+        for point in (p for p in points if p["access"] == access):
+            face = "white" if point["labels"] else colour
+            reach = np.maximum([[point["value"] - point["ci_low"]], [point["ci_high"] - point["value"]]], 0)
+            axes.errorbar(
+                point["cost"], point["value"], reach, color=colour, marker=marker, markerfacecolor=face, elinewidth=0.6,
+                alpha=0.85, zorder=3, linestyle="", clip_on=False,
+            )  # fmt: skip
+            axes.annotate(
+                str(point["number"]), (point["cost"], point["value"]), (3, 3), textcoords="offset points", fontsize=5.5
+            )
+    looks = ({"color": INK, "linestyle": (0, (1, 1.2))}, {"color": GREYS[0], "linestyle": "-"})
+    for (label, value), look in zip(lines.items(), looks, strict=False):
+        axes.axhline(value, linewidth=1.0, label=label, zorder=2, **look)  # type: ignore[arg-type]
+    axes.axhline(fpr_target, label="Chance", **CHANCE)
+    axes.set(xscale="log", xlabel="cost: UNet rows for one image", ylabel=f"TPR at {percent(fpr_target)} FPR (%)")
+    axes.set_ylim(0, None)
+    _in_percent(axes.yaxis)
+    for access, (colour, marker) in ACCESS_LOOK.items():
+        if any(point["access"] == access for point in points):
+            axes.plot([], [], color=colour, marker=marker, linestyle="", label=f"{access.capitalize()} box")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3, columnspacing=1.4)
+    half = (len(points) + 1) // 2
+    for column, some in enumerate((points[:half], points[half:])):
+        names = "\n".join(f"{p['number']:2d}  {attack_label(p['attack'])}{'*' * p['labels']}" for p in some)
+        aside.text(0.5 * column, 1.0, names, va="top", fontsize=6, linespacing=1.35, transform=aside.transAxes)
+    return figure

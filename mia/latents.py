@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from mia import models, pixels, tables
+from mia.captions import Captions, Rows
+from mia.errors import UserError
+from mia.networks import Autoencoder
+
+NULL_ID = "f" * 32  # the null condition's name among captions; sorts behind every hash
+CONDITIONS = ("states", "pooled", "label")
 
 
-def side_px(latent_side: int, vae: Any) -> int:
-    """The side, in pixels, of the square images whose latents have `latent_side`."""
-    return latent_side * 2 ** (len(vae.config.block_out_channels) - 1)
+class Encoded(NamedTuple):
+    """The tables `latents` and `texts`, and how many images were enlarged because they are smaller than the model's."""
+
+    latents: pa.Table
+    texts: pa.Table
+    enlarged: int
 
 
 def squares(images: Mapping[str, bytes], ids: list[str], side: int) -> np.ndarray:
@@ -23,66 +32,96 @@ def squares(images: Mapping[str, bytes], ids: list[str], side: int) -> np.ndarra
 
 
 def encode(
-    selection: pa.Table, images: Mapping[str, bytes], vae: Any, tokenize: Any, text_encoder: Any, side: int,
-    batch_size: int, progress: Callable = iter,
-) -> tuple[pa.Table, pa.Table]:  # fmt: skip
-    """The latents table (posterior mean and log-variance, float16) and the texts table (one row for each caption).
+    selection: pa.Table, images: Mapping[str, bytes], autoencoder: Autoencoder, captions: Captions, batch_size: int,
+    progress: Callable = iter,
+) -> Encoded:  # fmt: skip
+    """The latents table (posterior mean and log-variance, float16, not yet scaled) and the texts table.
 
-    The texts table ends with the empty prompt's states, which guidance needs. Latents are not yet scaled.
+    The texts table has one row for each distinct caption and, last, the null condition where guidance is possible.
+    Images smaller than the model's are enlarged, as the paper does, and counted.
     """
     import torch
 
     ids = selection["sample_id"].to_pylist()
-    captions = selection["caption"].to_pylist()
-    width = vae.config.latent_channels * (side // side_px(1, vae)) ** 2
+    names = selection["caption"].to_pylist()
+    side, width = autoencoder.side_px, int(np.prod(autoencoder.latent_shape))
     mean, logvar = np.empty((len(ids), width), np.float16), np.empty((len(ids), width), np.float16)
+    enlarged = 0
     for run, real in progress(list(models.batches(len(ids), batch_size))):
-        batch = squares(images, [ids[i] for i in run], side)
-        x = torch.from_numpy(batch).permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
+        opened = [pixels.decode(images[ids[i]]) for i in run[:real]]
+        enlarged += sum(min(image.size) < side for image in opened)
+        batch = np.stack([pixels.centre_square(image, side) for image in opened])[np.minimum(run - run[0], real - 1)]
+        x = torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 127.5 - 1
         with torch.inference_mode():
-            posterior = vae.encode(x).latent_dist
-        mean[run[:real]] = posterior.mean[:real].flatten(1).float().cpu().numpy()
-        logvar[run[:real]] = posterior.logvar[:real].flatten(1).float().cpu().numpy()
-    latents = pa.table(
-        {
-            "sample_id": pa.array(ids, pa.string()),
-            "caption_id": pa.array([tables.caption_id(c) for c in captions], pa.string()),
-            "mean": tables.vector_column(mean),
-            "logvar": tables.vector_column(logvar),
-        }
-    )
-    return latents, encode_texts([*captions, ""], tokenize, text_encoder, batch_size)
+            found = autoencoder.encode(x)
+        for target, value in zip((mean, logvar), found, strict=True):
+            target[run[:real]] = value[:real].flatten(1).cpu().numpy()
+    table = {
+        "sample_id": pa.array(ids, pa.string()),
+        "caption_id": pa.array([tables.caption_id(c) for c in names], pa.string()),
+        "mean": tables.vector_column(mean),
+        "logvar": tables.vector_column(logvar),
+    }
+    return Encoded(pa.table(table), encode_texts(names, captions, batch_size), enlarged)
 
 
-def encode_texts(captions: list[str], tokenize: Any, text_encoder: Any, batch_size: int) -> pa.Table:
-    """The texts table of the distinct `captions`: last hidden states [tokens * width] in float16."""
-    distinct = sorted(set(captions), key=tables.caption_id)
-    states, counts = models.text_states(tokenize, text_encoder, distinct, batch_size)
-    return pa.table(
-        {
-            "caption_id": [tables.caption_id(c) for c in distinct],
-            "n_tokens": pa.array(counts),
-            "states": tables.vector_column(states.reshape(len(states), -1).astype(np.float16)),
-        }
-    )
+def encode_texts(names: list[str], captions: Captions, batch_size: int) -> pa.Table:
+    """The texts table of the distinct captions `names`, and of the null condition where there is one."""
+    distinct = sorted(set(names), key=tables.caption_id)
+    parts = [(tables.caption_id(c), c) for c in distinct]
+    rows = [captions.encode(distinct, batch_size)] if distinct else []
+    if captions.has_null:
+        rows.append(captions.null(batch_size))
+        parts.append((NULL_ID, ""))
+    return _texts([name for name, _ in parts], rows)
 
 
-def latent_tensor(latents: pa.Table, vae: Any) -> Any:
-    """z0, the posterior's mode times the scaling factor: float32[n, channels, side, side]."""
+def _texts(ids: list[str], rows: list[Rows]) -> pa.Table:
+    n = len(ids)
+    found = {name: np.concatenate([r[name] for r in rows]) for name in (rows[0] if rows else ())}
+    columns: dict[str, Any] = {
+        "caption_id": pa.array(ids, pa.string()),
+        "n_tokens": pa.array(found.get("n_tokens", np.zeros(n)), pa.int32()),
+        "label": pa.array(found["label"], pa.int32()) if "label" in found else pa.nulls(n, pa.int32()),
+    }
+    for name in ("states", "pooled"):
+        columns[name] = (
+            tables.vector_column(found[name].reshape(n, -1))
+            if name in found
+            else pa.nulls(n, pa.list_(pa.float16(), 1))
+        )
+    return pa.table(columns)
+
+
+def posterior(latents: pa.Table, shape: tuple[int, int, int]) -> tuple[Any, Any]:
+    """Mean and log-variance, unscaled, each float32[n, *shape]; `Network.scaled(mean)` is z0."""
     import torch
 
-    mean = torch.from_numpy(tables.vectors(latents["mean"]))
-    channels = vae.config.latent_channels
-    side = round((mean.shape[1] / channels) ** 0.5)
-    return mean.reshape(-1, channels, side, side) * vae.config.scaling_factor
+    try:
+        return tuple(  # type: ignore[return-value]
+            torch.from_numpy(tables.vectors(latents[name])).reshape(-1, *shape) for name in ("mean", "logvar")
+        )
+    except RuntimeError as problem:
+        raise UserError(f"latents are not of shape {shape}", "", "make them with this target's encoders") from problem
 
 
-def state_tensor(latents: pa.Table, texts: pa.Table, width: int) -> tuple[Any, np.ndarray]:
-    """Text states, float32[n_captions + 1, tokens, width], the empty prompt's last; and each sample's row, int64[n]."""
+def conditions(latents: pa.Table, texts: pa.Table, width: int) -> tuple[dict[str, Any], np.ndarray]:
+    """The tensors of a denoiser's condition, one row for each caption, and each sample's row, int64[n].
+
+    `states` float32[rows, tokens, width], `pooled` float32[rows, w], `label` int64[rows]: what the family has. The last
+    row is the null condition where there is one. `width` is the latents table's `text_width`.
+    """
     import torch
 
     place = {name: row for row, name in enumerate(texts["caption_id"].to_pylist())}
-    states = torch.from_numpy(tables.vectors(texts["states"])).reshape(len(place), -1, width)
-    empty = place[tables.caption_id("")]
-    rows = np.array([place[name] for name in latents["caption_id"].to_pylist()], dtype=np.int64)
-    return torch.cat([states, states[empty : empty + 1]]), rows
+    found: dict[str, Any] = {}
+    for name in CONDITIONS:
+        if name not in texts.column_names or texts[name].null_count:
+            continue
+        if name == "label":
+            found[name] = torch.from_numpy(texts[name].to_numpy().astype(np.int64))
+        else:
+            found[name] = torch.from_numpy(tables.vectors(texts[name]))
+    if "states" in found:
+        found["states"] = found["states"].reshape(len(place), -1, width)
+    return found, np.array([place[name] for name in latents["caption_id"].to_pylist()], dtype=np.int64)

@@ -5,9 +5,9 @@ A *source* is a diffusers folder or a hub name; a *target* is a source whose par
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import hashlib
+import inspect
 import json
 import pathlib
 from collections.abc import Iterator
@@ -18,13 +18,14 @@ import numpy as np
 from mia import settings, tables
 from mia.compat import ensure_torchvision
 from mia.errors import UserError
+from mia.schedules import Schedule, flow_schedule
 
 if TYPE_CHECKING:
     import torch
 
 MIN_BATCH = 16
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-ENCODERS = ("vae", "text_encoder", "tokenizer")
+WEIGHTS = ("unet", "transformer", "vae", "vqvae", "text_encoder", "text_encoder_2", "text_encoder_3")
+OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy")
 
 
@@ -50,7 +51,15 @@ def device(name: str) -> torch.device:
         raise UserError(
             "CUDA is asked for but torch finds no CUDA device", "execution.device", "use a GPU node or 'cpu'"
         )
-    return torch.device(name)
+    found = torch.device(name)
+    if found.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # who wants it says so
+        if (found.index or 0) >= torch.cuda.device_count():
+            there = torch.cuda.device_count()
+            raise UserError(
+                f"there is no {name}, only {there} CUDA devices", "execution.device", "name one that is there"
+            )
+    return found
 
 
 def batches(rows: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -68,22 +77,46 @@ def locate(source: str, revision: str = "") -> pathlib.Path:
     """The folder that holds `source`: itself when it is one, else a snapshot of the hub's repository.
 
     Raises:
-        UserError: neither a folder nor to be had from the hub; or a part of the model is missing.
+        UserError: neither a folder nor to be had from the hub; or a part that its model_index.json names is missing.
     """
     folder = pathlib.Path(source)
     if not folder.is_dir():
-        folder = _snapshot(source, revision, [f"{part}/*.safetensors" for part in PARTS], "targets.*.source")
-    missing = [part for part in PARTS if not (folder / part).is_dir()]
-    if missing or not (folder / "model_index.json").is_file():
+        # Small pixel models on the hub keep weights beside model_index.json instead of in a folder of their own.
+        weights = ["diffusion_pytorch_model.safetensors", *(f"{part}/*.safetensors*" for part in WEIGHTS)]
+        folder = snapshot(source, revision, weights, "targets.*.source")
+    parts = pipeline_index(folder)[1]
+    missing = [part for part in parts if not part_folder(folder, part).is_dir()]
+    if missing:
         raise UserError(
-            f"model folder lacks {', '.join(missing) or 'model_index.json'}", folder,
-            "give a complete diffusers folder (model_index.json, " + ", ".join(PARTS) + ")",
+            f"model folder lacks {', '.join(missing)}", folder,
+            "give a complete diffusers folder (model_index.json, " + ", ".join(parts) + ")",
         )  # fmt: skip
     return folder
 
 
-def _snapshot(source: str, revision: str, weights: list[str], where: str) -> pathlib.Path:
-    """The hub's files that are text or match `weights`: nothing pickled is even fetched."""
+def pipeline_index(folder: pathlib.Path) -> tuple[str, list[str]]:
+    """The pipeline class that a model folder says it is of, and the parts that it names and we may need.
+
+    Raises:
+        UserError: no readable model_index.json.
+    """
+    file = folder / "model_index.json"
+    if not file.is_file():
+        raise UserError("model folder lacks model_index.json", folder, "give a complete diffusers folder")
+    index = part_config(folder, "", file.name)
+    parts = [name for name, what in index.items() if isinstance(what, list) and name not in OPTIONAL and all(what)]
+    return str(index.get("_class_name", "")), parts
+
+
+def part_folder(folder: pathlib.Path, part: str) -> pathlib.Path:
+    """Where a part lies: in its own folder, or beside model_index.json as in the small pixel models on the hub."""
+    own, name = folder / part, "scheduler_config.json" if part == "scheduler" else "config.json"
+    beside = not own.is_dir() and part in ("unet", "scheduler") and (folder / name).is_file()
+    return folder if beside else own
+
+
+def snapshot(source: str, revision: str, weights: list[str], where: str) -> pathlib.Path:
+    """Files of a repository on the hub that are text or match `weights`: nothing pickled is even fetched."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -97,16 +130,24 @@ def _snapshot(source: str, revision: str, weights: list[str], where: str) -> pat
         ) from problem  # fmt: skip
 
 
-def _loaded(build: Any, folder: pathlib.Path, part: str, **options: Any) -> Any:
+def load(build: Any, folder: pathlib.Path, part: str, **options: Any) -> Any:
+    """A part of a model folder as an object of the diffusers or transformers class `build`, from safetensors only.
+
+    Raises:
+        UserError: it cannot be read, or lacks weights that the class has, which the libraries would draw at random.
+    """
     quieten()
+    where = part_folder(folder, part)
     try:
-        return build.from_pretrained(
-            folder, subfolder=part, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, **options
+        net, said = build.from_pretrained(
+            where, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as problem:
-        raise UserError(
-            f"{part} cannot be loaded ({problem})", folder / part, "give a complete diffusers part"
-        ) from problem
+    except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as problem:
+        raise UserError(f"{part} cannot be loaded ({problem})", where, "give a complete diffusers part") from problem
+    if said["missing_keys"]:
+        some = sorted(said["missing_keys"])
+        raise UserError(f"{part} lacks {len(some)} weights, {some[0]} among them", where, "fetch the model anew")
+    return net.eval().requires_grad_(False)
 
 
 def unet(folder: pathlib.Path, on: torch.device, dtype: torch.dtype) -> torch.nn.Module:
@@ -114,7 +155,7 @@ def unet(folder: pathlib.Path, on: torch.device, dtype: torch.dtype) -> torch.nn
     ensure_torchvision()
     from diffusers import UNet2DConditionModel
 
-    return _loaded(UNet2DConditionModel, folder, "unet").eval().requires_grad_(False).to(on, dtype)
+    return load(UNet2DConditionModel, folder, "unet", low_cpu_mem_usage=False).to(on, dtype)
 
 
 def vae(folder: pathlib.Path, on: torch.device, dtype: torch.dtype, part: str = "vae") -> torch.nn.Module:
@@ -122,18 +163,18 @@ def vae(folder: pathlib.Path, on: torch.device, dtype: torch.dtype, part: str = 
     ensure_torchvision()
     from diffusers import AutoencoderKL
 
-    return _loaded(AutoencoderKL, folder, part).eval().requires_grad_(False).to(on, dtype)
+    return load(AutoencoderKL, folder, part, low_cpu_mem_usage=False).to(on, dtype)
 
 
-def tokenizer(folder: pathlib.Path) -> Any:
-    """The tokenizer of a model folder."""
+def tokenizer(folder: pathlib.Path, part: str = "tokenizer", kind: str = "CLIPTokenizer") -> Any:
+    """The tokenizer of a model folder, of the transformers class `kind`."""
     ensure_torchvision()
-    from transformers import CLIPTokenizer
+    import transformers
 
     try:
-        return CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        return getattr(transformers, kind).from_pretrained(folder / part, local_files_only=True)
     except (OSError, ValueError) as problem:
-        raise UserError(f"tokenizer cannot be loaded ({problem})", folder / "tokenizer", "give its files") from problem
+        raise UserError(f"tokenizer cannot be loaded ({problem})", folder / part, "give its files") from problem
 
 
 def text_encoder(folder: pathlib.Path, on: torch.device, dtype: torch.dtype) -> torch.nn.Module:
@@ -141,7 +182,7 @@ def text_encoder(folder: pathlib.Path, on: torch.device, dtype: torch.dtype) -> 
     ensure_torchvision()
     from transformers import CLIPTextModel
 
-    return _loaded(CLIPTextModel, folder, "text_encoder").eval().requires_grad_(False).to(on, dtype)
+    return load(CLIPTextModel, folder, "text_encoder").to(on, dtype)
 
 
 def text_states(
@@ -166,50 +207,62 @@ def text_states(
     return np.concatenate(states), np.array(counts, dtype=np.int32)
 
 
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """The noise schedule: alpha_bar, float64[train_steps], and what stands for it below timestep 0."""
+def schedule(folder: pathlib.Path, clips: bool = False) -> Schedule:
+    """The schedule and prediction type of the model's own scheduler config, as DDIM reads it; or a flow's.
 
-    alpha_bar: np.ndarray
-    final: float
-
-    def at(self, timestep: int | np.ndarray) -> np.ndarray:
-        """alpha_bar at `timestep`; `final` where the timestep is below 0."""
-        timestep = np.asarray(timestep)
-        return np.where(timestep < 0, self.final, self.alpha_bar[np.maximum(timestep, 0)])
-
-
-def schedule(folder: pathlib.Path) -> Schedule:
-    """The schedule of the model's own scheduler config, as DDIM reads it.
+    `clips` admits `clip_sample`: models of pixels clip the *predicted* image to its range while sampling, which is no
+    part of the forward process nor of the training loss, the two things we read. Latents have no such range.
 
     Raises:
-        UserError: the scheduler disagrees with its own betas, predicts something other than noise, or clips latents.
+        UserError: the scheduler disagrees with its own betas, predicts what we do not know, or clips latents.
     """
     ensure_torchvision()
     from diffusers import DDIMScheduler
 
+    said = part_config(folder, "scheduler", "scheduler_config.json")
+    if str(said.get("_class_name", "")).startswith("FlowMatch"):
+        return flow_schedule(said.get("num_train_timesteps", settings.TRAIN_STEPS))
     ddim = _loaded_scheduler(DDIMScheduler, folder)
-    if ddim.config.prediction_type != "epsilon":
+    if ddim.config.prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise UserError(
-            f"prediction type '{ddim.config.prediction_type}' is not supported", folder, "use an epsilon model"
-        )
-    if ddim.config.clip_sample:
+            f"prediction type '{ddim.config.prediction_type}' is not supported", folder / "scheduler",
+            "use a model of epsilon, v_prediction, sample or a flow",
+        )  # fmt: skip
+    if not clips and said.get("clip_sample", _clips_by_default(said.get("_class_name", ""))):
         raise UserError("the scheduler clips latents", folder / "scheduler", 'say "clip_sample": false in its config')
     found = ddim.alphas_cumprod.double().numpy()
-    if ddim.config.beta_schedule == "scaled_linear":
-        wanted = settings.alpha_bar(ddim.config.beta_start, ddim.config.beta_end, len(found))
+    wanted = _exact(ddim.config, len(found))
+    if wanted is not None:
         if not np.allclose(found, wanted, rtol=1e-4):
             raise UserError(
                 f"alpha_bar(300) is {found[300]:.4f}, its betas say {wanted[300]:.4f}", folder / "scheduler",
                 "mend scheduler_config.json",
             )  # fmt: skip
         found = wanted  # the scheduler's own are float32
-    return Schedule(found, 1.0 if ddim.config.set_alpha_to_one else float(found[0]))
+    return Schedule(found, 1.0 if ddim.config.set_alpha_to_one else float(found[0]), ddim.config.prediction_type)
+
+
+def _clips_by_default(scheduler: str) -> bool:
+    """Whether a scheduler class clips unless its config says otherwise: DDIM and DDPM, not PNDM or Euler."""
+    import diffusers
+
+    return "clip_sample" in inspect.signature(getattr(diffusers, scheduler, diffusers.DDIMScheduler)).parameters
+
+
+def _exact(config: Any, steps: int) -> np.ndarray | None:
+    """alpha_bar in float64 from the betas that a scheduler's config states; None when they have no simple form."""
+    if config.trained_betas is not None:
+        return None
+    if config.beta_schedule == "scaled_linear":
+        return settings.alpha_bar(config.beta_start, config.beta_end, steps)
+    if config.beta_schedule == "linear":
+        return np.cumprod(1.0 - np.linspace(config.beta_start, config.beta_end, steps, dtype=np.float64))
+    return None
 
 
 def _loaded_scheduler(build: Any, folder: pathlib.Path) -> Any:
     try:
-        return build.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+        return build.from_pretrained(part_folder(folder, "scheduler"), local_files_only=True)
     except (OSError, ValueError) as problem:
         raise UserError(f"scheduler cannot be loaded ({problem})", folder / "scheduler", "give its config") from problem
 
@@ -217,15 +270,22 @@ def _loaded_scheduler(build: Any, folder: pathlib.Path) -> Any:
 def part_hash(folder: pathlib.Path, *parts: str) -> str:
     """One hash over every weight and config file of the named parts of a model folder: 16 hex digits."""
     digest = hashlib.sha256()
-    for file in sorted(path for part in parts for path in (folder / part).rglob("*")):
+    for file in sorted(path for part in parts for path in _files(folder, part)):
         if file.suffix in {".safetensors", ".json", ".txt"}:
             digest.update(f"{file.relative_to(folder)} {tables.file_hash(file)}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def part_config(folder: pathlib.Path, part: str) -> dict[str, Any]:
+def _files(folder: pathlib.Path, part: str) -> list[pathlib.Path]:
+    place = part_folder(folder, part)
+    if place == folder and part:  # beside model_index.json, among the other parts
+        return [folder / "config.json", *folder.glob("*.safetensors")]
+    return list(place.rglob("*"))
+
+
+def part_config(folder: pathlib.Path, part: str, name: str = "config.json") -> dict[str, Any]:
     """A part's own configuration file."""
-    file = folder / part / "config.json"
+    file = part_folder(folder, part) / name
     try:
         return json.loads(file.read_text())
     except (OSError, json.JSONDecodeError) as problem:
@@ -284,7 +344,7 @@ def _encoder_folder(model: str) -> pathlib.Path:
         return pathlib.Path(name)
     name, _, revision = name.partition("@")
     source = name if kind == "hf-hub" else _hub_name(name)
-    return _snapshot(source, revision, ["*.safetensors"], "embeddings.model")
+    return snapshot(source, revision, ["*.safetensors"], "embeddings.model")
 
 
 def _hub_name(name: str) -> str:

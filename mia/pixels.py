@@ -78,6 +78,11 @@ def _on_white(image: Image.Image) -> Image.Image:
     return white.convert("RGB")
 
 
+def resized(image: np.ndarray, side: int) -> np.ndarray:
+    """A square image at another size, uint8[side, side, 3], as `centre_square` resizes."""
+    return np.array(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR))
+
+
 def centre_square(image: Image.Image, side: int) -> np.ndarray:
     """The middle of an RGB image whose shorter side is scaled to `side`, uint8[side, side, 3].
 

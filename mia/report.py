@@ -17,7 +17,7 @@ import polars as pl
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from mia import figures, metrics, summary
+from mia import figures, lineup, metrics, summary
 from mia.figures import Curve
 from mia.summary import CHOSEN, Results, Target, attack_label, percent, reported, tpr_key, variant_label
 from mia.verdict import listed, p_words, verdict
@@ -49,7 +49,8 @@ def build(results: Results) -> Report:
 
 
 TABLES: dict[str, Callable[[Results], pl.DataFrame]] = {
-    "attacks": summary.attacks, "comparison": summary.comparison, "protocols": summary.protocols,
+    "attacks": summary.attacks, "lineup": lineup.lineup, "comparison": summary.comparison,
+    "protocols": summary.protocols,
     "all_metrics": summary.all_metrics, "blind_audits": summary.blind_audits, "telling": summary.telling,
     "attrition": lambda results: results.attrition, "dedup_thresholds": lambda results: results.thresholds,
     "dedup_checked_bins": lambda results: results.checked_bins, "dropped": summary.dropped,
@@ -97,7 +98,7 @@ def _curve(results: Results, scores: pl.DataFrame | None, attack: str, variant: 
 
 def _as_is(target: Target, fpr_target: float) -> pl.DataFrame:
     """TPR of every variant that has a timestep: attack, loss, timestep, value, ci_low, ci_high, on test."""
-    rows = target.metrics.filter(
+    rows = summary.of_study(target.metrics).filter(
         pl.col("method") == "as_is", pl.col("part") == "test", pl.col("metric") == "tpr",
         pl.col("fpr_target") == fpr_target, pl.col("variant").str.contains("@"), pl.col("value").is_not_null(),
     )  # fmt: skip
@@ -122,7 +123,9 @@ def _tpr_by_step(results: Results) -> Figure | str:
     """Threshold attacks that every target with a training step has, chosen on calibration at each step."""
     target, parts = results.fpr_targets[0], []
     for one in (t for t in results.targets.values() if t.step is not None):
-        rows = reported(one.metrics).filter((pl.col("metric") == "auc") | (pl.col("fpr_target") == target))
+        rows = summary.of_study(reported(one.metrics)).filter(
+            (pl.col("metric") == "auc") | (pl.col("fpr_target") == target)
+        )
         rows = rows.filter(pl.col("variant").str.contains("@"), pl.col("attack") != CHOSEN).drop_nulls("value")
         parts.append(rows.select("attack", "metric", "value", "ci_low", "ci_high", step=pl.lit(one.step)))
     if len(parts) < 2:
@@ -174,7 +177,7 @@ def _dedup_distances(results: Results) -> Figure | str:
 
 
 def _controls(results: Results) -> Figure | str:
-    found, target, parts = summary.attacks(results), results.fpr_targets[0], []
+    found, target, parts = summary.of_study(summary.attacks(results)), results.fpr_targets[0], []
     names = {"main": "Main target {}", "control": "Control {}", "blind": "Blind baselines"}
     for metric, key in (("auc", "auc"), ("tpr", tpr_key(target))):
         columns = {key: "value", f"{key}_low": "ci_low", f"{key}_high": "ci_high"}
@@ -184,8 +187,22 @@ def _controls(results: Results) -> Figure | str:
     return figures.controls(rows.with_columns(pl.Series("target", labels)), target)
 
 
+def _costs(results: Results) -> Figure | str:
+    """Cost against what is found: each attack at its own defaults, blind baseline and control beside."""
+    rows, target = lineup.lineup(results), results.fpr_targets[0]
+    shown = lineup.points(results, rows)
+    if not shown:
+        return f"No attack has a known cost and a TPR at {percent(target)} FPR."
+    found, key = summary.attacks(results), tpr_key(target)
+    blind = found.filter(pl.col("kind") == "blind", pl.col("attack") == summary.best_blind(results))
+    control = found.filter(pl.col("kind") == "control", pl.col("attack") == CHOSEN).sort(key, nulls_last=False)
+    lines = {"Best blind baseline": blind[key], "Best of all on a control": control[key].drop_nulls()[-1:]}
+    return figures.costs(shown, {name: float(v[0]) for name, v in lines.items() if len(v) and v[0] is not None}, target)
+
+
 FIGURES: dict[str, Callable[[Results], Figure | str]] = {
-    "roc": _roc, "controls": _controls, "tpr_by_timestep": _tpr_by_timestep, "tpr_by_step": _tpr_by_step,
+    "roc": _roc, "controls": _controls, "costs": _costs, "tpr_by_timestep": _tpr_by_timestep,
+    "tpr_by_step": _tpr_by_step,
     "embedding_scatter": _embedding_scatter, "frechet": _frechet, "dedup_distances": _dedup_distances,
 }  # fmt: skip
 
@@ -201,18 +218,21 @@ def page(results: Results, found: dict[str, pl.DataFrame], svgs: dict[str, bytes
     )
     environment.filters |= {
         "percent": percent, "attack": attack_label, "variant": variant_label, "listed": listed, "share": share,
-        "p": p_text,
+        "p": p_text, "auc": lambda value: "" if value is None else f"{value:.3f}",
+        "cost": lambda value: "" if value is None else f"{value:,.0f}",
         "estimate": estimate, "brief": brief, "count": lambda n: f"{n:,}", "short": lambda text: (text or "")[:12],
     }  # fmt: skip
     rows = found["attacks"].rows(named=True)
+    study = summary.of_study(found["attacks"]).rows(named=True)
     best = [row for row in rows if row["attack"] == CHOSEN]
     blind = summary.best_blind(results)
     context = {
         "results": results, "main": results.main, "verdict": verdict(results), "absent": absent,
         "best": best, "blind": blind,
         "best_blind": [row for row in rows if row["kind"] == "blind" and row["attack"] == blind],
-        "groups": [list(group) for _, group in itertools.groupby(rows, key=lambda row: (row["kind"], row["target"]))],
+        "groups": [list(group) for _, group in itertools.groupby(study, key=lambda row: (row["kind"], row["target"]))],
         "tables": {name: table.rows(named=True) for name, table in found.items() if name != "all_metrics"},
+        "study": summary.STUDY,
         "figures": {name: inline(svg, name) for name, svg in svgs.items() if name not in absent},
         "test": best[0], "fpr_targets": results.fpr_targets, "tpr_keys": [tpr_key(t) for t in results.fpr_targets],
         "notes": Notes(), "libraries": summary.libraries(results), "planted": _planted(results),

@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
+import numpy as np
 import polars as pl
 
-from mia import classifiers, settings, tables
+from mia import attacks, classifiers, settings, tables
+from mia.attacks.calibration import Calibration
+from mia.attacks.evidence import Evidence
 from mia.config import ScoresOptions
 from mia.errors import UserError
 
-ATTACKS = ("loss_threshold", *classifiers.LEARNERS)
+ATTACKS = tuple(attacks.REGISTRY)
+OF_SETTINGS = tuple(name for name, attack in attacks.REGISTRY.items() if attack.probes == ("settings",))
 log = logging.getLogger(__name__)
 
 
@@ -21,7 +25,9 @@ def mean_losses(features: pl.DataFrame, numbers: Iterable[int]) -> pl.DataFrame:
     present = [loss for loss in settings.LOSSES if features[loss].null_count() < len(features)]
     rows = features.filter(pl.col("block").is_in(list(names))).sort("block", "timestep", "sample_id", "draw")
     # In this order, on every machine: the forest draws among columns by their place.
-    mean = rows.group_by("sample_id", "block", "timestep", maintain_order=True).agg(pl.col(present).mean())
+    mean = rows.group_by("sample_id", "block", "timestep", maintain_order=True).agg(
+        pl.col(present).cast(pl.Float64).mean()
+    )
     long = mean.unpivot(present, index=["sample_id", "block", "timestep"], variable_name="loss").drop_nulls("value")
     return long.with_columns(pl.col("block").replace_strict(names, return_dtype=pl.String).alias("setting")).drop(
         "block"
@@ -67,19 +73,39 @@ def classifier(
 
 def attack_scores(
     features: pl.DataFrame, labels: pl.DataFrame, numbers: Iterable[int], options: ScoresOptions, seed: int,
-    workers: int = 1,
+    workers: int = 1, evidence: Evidence | None = None,
 ) -> pl.DataFrame:  # fmt: skip
     """The scores table of every attack in `options.attacks`.
 
+    Args:
+        features: The losses of `setting-NN` blocks (other blocks are passed over), which attacks on settings read.
+        labels: sample_id, group, and `member`, which is null in the test part.
+        numbers: Settings that attacks on settings read.
+        options: Attacks by name, and how classifiers are fitted.
+        seed: Of folds and learners.
+        workers: Processes to fit in; changes no answer.
+        evidence: All other blocks, which the other attacks read.
+
     Raises:
-        UserError: no attack or an unknown one, a setting whose block was not extracted, too few labels to fit with.
+        UserError: no attack or an unknown one, a block that was not extracted, too few labels to fit with.
     """
     numbers = list(numbers)
-    unknown = [attack for attack in options.attacks if attack not in ATTACKS]
     if not options.attacks:
         raise UserError("no attack is asked for", "scores.attacks", f"use {list(ATTACKS)}")
-    if unknown:
-        raise UserError(f"unknown attack '{unknown[0]}'", "scores.attacks", f"use {list(ATTACKS)}")
+    for name in options.attacks:
+        attacks.attack(name)
+    out = []
+    if any(name in OF_SETTINGS for name in options.attacks):
+        out += _of_settings(features, labels, numbers, options, seed, workers)
+    others = [name for name in options.attacks if name not in OF_SETTINGS]
+    if others:
+        out.append(_of_evidence(others, evidence or Evidence((), (1,)), labels, options, seed, workers))
+    return pl.concat(out).select(tables.SCHEMAS["scores"].names)
+
+
+def _of_settings(
+    features: pl.DataFrame, labels: pl.DataFrame, numbers: list[int], options: ScoresOptions, seed: int, workers: int
+) -> list[pl.DataFrame]:
     blocks = set(features["block"].unique())
     for number in numbers:
         if settings.own_block(settings.setting(number)) not in blocks:
@@ -93,5 +119,23 @@ def attack_scores(
     if "loss_threshold" in options.attacks:
         out.append(loss_threshold(losses))
     learners = [attack for attack in options.attacks if attack in classifiers.LEARNERS]
-    out += [classifier(name, losses, labels, options, seed, workers) for name in learners]
-    return pl.concat(out).select(tables.SCHEMAS["scores"].names)
+    return out + [classifier(name, losses, labels, options, seed, workers) for name in learners]
+
+
+def _of_evidence(
+    names: list[str], evidence: Evidence, labels: pl.DataFrame, options: ScoresOptions, seed: int, workers: int
+) -> pl.DataFrame:
+    """Scores of the registry's other attacks, in its order: what they share is placed once."""
+    calibration = Calibration.of(evidence.ids, labels, options, seed, workers)
+    order = sorted(set(names), key=ATTACKS.index)
+    return long_table(evidence, (one for name in order for one in attacks.run(name, evidence, calibration)))
+
+
+def long_table(evidence: Evidence, found: Iterable[tuple[str, str, np.ndarray]]) -> pl.DataFrame:
+    """(attack, variant, float64[n]) as the columns of the scores table."""
+    ids = pl.Series("sample_id", evidence.ids.tolist(), pl.String)
+    parts = [
+        pl.DataFrame({"sample_id": ids, "score": score}).with_columns(attack=pl.lit(attack), variant=pl.lit(variant))
+        for attack, variant, score in found
+    ]
+    return pl.concat(parts).select("sample_id", "attack", "variant", "score")

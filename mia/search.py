@@ -53,6 +53,19 @@ class Reference:
     parts: Sequence[Callable[[], Vectors]]
 
 
+class Rows:
+    """Some rows, int64[n], of a matrix of vectors, copied only as they are asked for: all at once may be gigabytes."""
+
+    def __init__(self, vectors: Vectors, rows: np.ndarray) -> None:
+        self.vectors, self.rows, self.shape = vectors, rows, (len(rows), vectors.shape[1])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, which: slice | np.ndarray) -> Vectors:
+        return self.vectors[self.rows[which]]
+
+
 def in_memory(name: str, ids: Sequence[str] | np.ndarray, vectors: Vectors) -> Reference:
     """A reference whose vectors, float16 or float32[n, width], are at hand."""
     blocks = _slices(len(vectors), ROWS)
@@ -98,7 +111,7 @@ def unit(vectors: Vectors, name: str, ids: pa.Array | None = None, room: np.ndar
     return out
 
 
-def distances(left: Vectors, i: np.ndarray, right: Vectors, j: np.ndarray) -> np.ndarray:
+def distances(left: Vectors | Rows, i: np.ndarray, right: Vectors | Rows, j: np.ndarray) -> np.ndarray:
     """L2 distance, at unit length, of `left[i]` and `right[j]`, pair by pair: float64[n_pairs], from 0 to 2.
 
     Each depends on its two vectors only, to the last bit, and is exactly 0 for a vector and itself.
@@ -398,14 +411,14 @@ class Components:
         return self._labels
 
 
-def link_near(groups: Components, vectors: Vectors, radius: float) -> None:
+def link_near(groups: Components, vectors: Vectors | Rows, radius: float) -> None:
     """Link all rows closer than `radius` at unit length; pairs that are one group already are not looked at again."""
     for i, j, _ in radius_pairs(vectors, radius, groups.apart):
         groups.link(i, j)
 
 
 def radius_pairs(
-    vectors: Vectors, radius: float, wanted: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+    vectors: Vectors | Rows, radius: float, wanted: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Every pair i < j of rows closer than `radius` at unit length, with its distance, some at a time.
 
@@ -433,7 +446,7 @@ def _close(left: np.ndarray, right: np.ndarray, floor: np.float32 | float) -> It
             yield i + rows.start, j + tile.start
 
 
-def _within(vectors: Vectors, i: np.ndarray, j: np.ndarray, radius: float, wanted: Any) -> Iterator[tuple]:
+def _within(vectors: Vectors | Rows, i: np.ndarray, j: np.ndarray, radius: float, wanted: Any) -> Iterator[tuple]:
     keep = i < j
     if wanted is not None:
         keep &= wanted(i, j)

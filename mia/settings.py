@@ -8,8 +8,8 @@ rule that yields the number of points in every published plot, the `committed` o
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -34,6 +34,9 @@ class Setting:
         reversed_order: timesteps are walked upwards.
         fixed_noise_step: not iterative, and always noised to `start_noise_step`, whatever timestep the UNet is told.
         guidance_scale: classifier-free guidance weight; 0 means one caption-conditioned prediction, without guidance.
+        latent_shift: noise is added to the running latent midway; where and how much the options say, since 250, the
+            place in the authors' configuration, is beyond the last step, while their plot shows a shift (13 fits).
+        text_shift: amplitude of the noise added to every token of the caption's and the empty prompt's states.
     """
 
     number: int
@@ -47,6 +50,8 @@ class Setting:
     reversed_order: bool = False
     fixed_noise_step: bool = False
     guidance_scale: float = 7.5
+    latent_shift: bool = False
+    text_shift: float = 0.0
 
     @property
     def name(self) -> str:
@@ -67,7 +72,7 @@ class Setting:
 
     def level(self, timestep: int) -> int:
         """The noise level of the latent that a non-iterative setting feeds to the UNet at `timestep`."""
-        return min(self.start_noise_step, TRAIN_STEPS - 1) if self.fixed_noise_step else timestep
+        return self.start_noise_step if self.fixed_noise_step else timestep
 
     @property
     def shares_grid(self) -> bool:
@@ -80,18 +85,43 @@ class Setting:
         return self.guidance_scale != 0
 
 
+_PARTIAL, _FULL = (300, 50, 10), (900, 0, 100)
 SETTINGS: dict[int, Setting] = {
     setting.number: setting
     for setting in (
-        Setting(1, "embeddings", "Partial denoising", 300, 50, 10, 300),
+        Setting(1, "embeddings", "Partial denoising", *_PARTIAL, 300),
+        Setting(2, "embeddings-diff-starts", "Partial denoising non-iterative", *_PARTIAL, 300, iterative=False),
+        Setting(3, "embeddings-shift", "Partial denoising latent shift", *_PARTIAL, 300, latent_shift=True),
+        Setting(4, "embeddings-text-shift", "Partial denoising text shift", *_PARTIAL, 300, text_shift=0.1),
+        Setting(5, "embeddings-text-shift-05", "Partial denoising bigger text shift", *_PARTIAL, 300, text_shift=0.5),
+        Setting(6, "embeddings-wrong-start", "Partial denoising wrong start", *_PARTIAL, 100),
+        Setting(7, "embeddings-wrong-start-longer", "Full denoising start 100", *_FULL, 100),
         Setting(
-            15, "embeddings-wrong-start-reversed-steps", "Reversed noising regular cfg", 900, 0, 100, 100,
+            8, "embeddings-wrong-start-longer-text", "Full denoising start 100 text shift", *_FULL, 100, text_shift=0.1
+        ),
+        Setting(9, "embeddings-wrong-start-longer-50", "Full denoising start 50", *_FULL, 50),
+        Setting(10, "embeddings-wrong-start-longer-300", "Full denoising start 300", *_FULL, 300),
+        Setting(11, "embeddings-wrong-start-300-from-200", "Short denoising start 300", 200, 0, 100, 300),
+        Setting(
+            12, "embeddings-reversed-noise", "Reversed denoising", *_FULL, 100,
+            reversed_order=True, guidance_scale=100.0,
+        ),
+        Setting(
+            13, "embeddings-no-classifier-free-guidance", "Full denoising 300 no cfg", *_FULL, 300, guidance_scale=0.0
+        ),
+        Setting(
+            14, "embeddings-noise-100-everytime", "Full denoising 100 non-iterative", *_FULL, 100,
+            iterative=False, fixed_noise_step=True, guidance_scale=100.0,
+        ),
+        Setting(
+            15, "embeddings-wrong-start-reversed-steps", "Reversed noising regular cfg", *_FULL, 100,
             reversed_order=True,
         ),
         Setting(
-            16, "embeddings-reversed-noise-big-classifier-free-guidance", "Reversed noising", 900, 0, 100, 100,
+            16, "embeddings-reversed-noise-big-classifier-free-guidance", "Reversed noising", *_FULL, 100,
             iterative=False, reversed_order=True, guidance_scale=100.0,
         ),
+        Setting(17, "black-box", "Black-box", 1000, 0, 20, TRAIN_STEPS - 1, iterative=False),  # theirs: 1000
         Setting(18, "embeddings-carlini", "Baseline loss threshold", 300, 300, 20, 300, iterative=False),
     )
 }  # fmt: skip
@@ -101,29 +131,47 @@ def setting(number: int) -> Setting:
     """Setting `number` of the paper.
 
     Raises:
-        UserError: this version does not implement it.
+        UserError: there is none of that number.
     """
     if number not in SETTINGS:
-        raise UserError(f"unknown setting {number}", "settings", f"use one of {sorted(SETTINGS)}")
+        raise UserError(f"unknown setting {number}", "settings", "use 1 to 18; `mia list-settings` names them")
     return SETTINGS[number]
 
 
-GRID = "noised"
+def named(text: str) -> tuple[int, ...]:
+    """Numbers of the settings that `text` names: `all`, `none`, or numbers, names and keys between commas.
+
+    Raises:
+        UserError: a word that is none of these.
+    """
+    if text in ("all", "none"):
+        return tuple(SETTINGS) if text == "all" else ()
+    known = {word: of.number for of in SETTINGS.values() for word in (str(of.number), of.name, of.key)}
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    for word in words:
+        if word not in known:
+            near = difflib.get_close_matches(word, known, 3) or ["1 to 18; `mia list-settings` names them"]
+            raise UserError(f"unknown setting '{word}'", "--settings", f"use {' or '.join(near)}")
+    return tuple(dict.fromkeys(known[word] for word in words))
 
 
-def block_of(of: Setting) -> str:
-    """The block, extracted by one job into one file per shard, that holds a setting's model evaluations."""
-    return GRID if of.shares_grid else own_block(of)
+NOISED = "noised"
 
 
 def own_block(of: Setting) -> str:
-    """The name under which results that belong to one setting alone are stored, e.g. `setting-01`."""
+    """The name under which a setting's losses are stored, e.g. `setting-01`."""
     return f"setting-{of.number:02d}"
 
 
-def blocks(numbers: Iterable[int]) -> list[str]:
-    """The blocks that the settings need, each once."""
-    return sorted({block_of(setting(number)) for number in numbers})
+def job_of(of: Setting) -> str:
+    """The job, one file for each shard, that reads a setting: all settings that can share an evaluation are one job.
+
+    `noised` holds the settings whose evaluations are plain ones; the others share what starts at one noise level under
+    one text, as in `start-300` or `start-300-text-0.1`.
+    """
+    if of.shares_grid:
+        return NOISED
+    return f"start-{of.start_noise_step:03d}" + (f"-text-{of.text_shift:g}" if of.text_shift else "")
 
 
 def alpha_bar(betas_start: float, betas_end: float, steps: int = TRAIN_STEPS) -> np.ndarray:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import polars as pl
 
+from mia.config import COMMIT_TO_FILL_IN
 from mia.errors import UserError
 
 TYPES = {
@@ -49,8 +50,11 @@ def fetch(source: str) -> pathlib.Path:
         raise UserError("source is no file of a dataset on the hub", source, _FORM)
     repo, revision, file = found["repo"], found["revision"] or "main", found["file"]
     if not _COMMIT.fullmatch(revision):
-        pinned = f"write hf://datasets/{repo}@{_commit(repo, revision, file) or 'COMMIT'}/{file}"
-        raise UserError(f"'{revision}' is no commit of 40 hex digits, so the source may change", source, pinned)
+        known = _commit(repo, "main" if revision == COMMIT_TO_FILL_IN else revision, file)
+        fix = f"write hf://datasets/{repo}@{known or COMMIT_TO_FILL_IN}/{file}"
+        if not known:
+            fix += f" with one of https://huggingface.co/datasets/{repo}/commits/main"
+        raise UserError(f"'{revision}' is no commit of 40 hex digits, so the source may change", source, fix)
     return _download(repo, revision, file, source)
 
 

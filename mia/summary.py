@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 
 from mia import settings
+from mia.attacks import TWINS
 from mia.scored import CHOSEN
 
 SPLITS = {"unsanitized": "before", "sanitized": "after"}  # when the whole dataset was looked at, next to sanitization
@@ -23,6 +24,15 @@ ATTACKS = {s.name: s.label for s in settings.SETTINGS.values()} | {
     "blind_caption": "Blind, caption", "blind_image": "Blind, image", "blind_metadata": "Blind, metadata",
     "blind_agreement": "Blind, caption and image together",
 }  # fmt: skip
+FIELD = {  # names of the field's attacks that are not plain words
+    "secmi": "SecMI", "secmi_nn": "SecMI, network", "secmi_copymark": "SecMI, CopyMark's port", "pia": "PIA",
+    "pian": "PIAN", "pfami": "PFAMI", "pfami_copymark": "PFAMI, CopyMark's port", "pfami_clid": "PFAMI, CLiD's port",
+    "pfami_sima": "PFAMI, SimA's port", "sima": "SimA", "sima_mc": "SimA, noised", "clid": "CLiD",
+    "clid_vector": "CLiD, trees", "clid_null": "CLiD, empty prompt", "gsa1": "GSA1", "gsa2": "GSA2",
+    "rediffuse": "ReDiffuse", "pang": "Pang and Wang", "pang_classifier": "Pang and Wang, classifier", "fsca": "FSCA",
+    "fsca_model": "FSCA, model's part", "blind_pair": "Blind, cosine of caption and image",
+}  # fmt: skip
+STUDY = frozenset(ATTACKS)  # the seed paper's attacks and what stands beside them; the field's have their own table
 ORDER = (*(attack for attack in ATTACKS if attack != CHOSEN), CHOSEN)
 STAGES = ("metadata", "images", "dedup", "sanitize")
 POOLS = ("member", "candidate", "control")
@@ -99,9 +109,15 @@ class Results:
         return self.made["evaluation"]["options"]["confidence"]
 
 
+def of_study(rows: pl.DataFrame) -> pl.DataFrame:
+    """Rows of the seed paper's attacks, of the choice over all attacks and of blind baselines."""
+    return rows.filter(pl.col("attack").is_in(STUDY))
+
+
 def attack_label(attack: str) -> str:
     """An attack's name as the figures and tables print it."""
-    return ATTACKS.get(attack, attack.replace("_", " ").capitalize())
+    name, twin = (TWINS[attack], ", empty prompt") if attack in TWINS else (attack, "")
+    return (ATTACKS | FIELD).get(name, name.replace("_", " ").capitalize()) + twin
 
 
 def variant_label(variant: str) -> str:

@@ -76,10 +76,12 @@ SCHEMAS: dict[str, pa.Schema] = {
                                      ci_high=_F64)),
     "selection": pa.schema([_ID, *_required(caption=_STRING, sha256=_STRING)]),
     "latents": pa.schema([_ID, *_required(caption_id=_STRING, mean=VECTOR, logvar=VECTOR)]),
-    "texts": pa.schema([pa.field("caption_id", _STRING, nullable=False), *_required(n_tokens=_I32, states=VECTOR)]),
+    "texts": pa.schema([*_required(caption_id=_STRING, n_tokens=_I32),
+                        *_optional(states=VECTOR, pooled=VECTOR, label=_I32)]),
     "features": pa.schema(
         [_ID, *_required(block=_STRING, timestep=_I32, draw=_I32),
-         *_optional(model_loss=_F64, latent_error=_F64, pixel_error=_F64, gram=GRAM, norms=NORMS, bands=BANDS)]
+         *_optional(model_loss=_F32, latent_error=_F32, pixel_error=_F32, gram=GRAM, norms=NORMS, bands=BANDS,
+                    vector=pa.list_(pa.float32()))]
     ),
     "scores": pa.schema([_ID, *_required(attack=_STRING, variant=_STRING, score=_F64)]),
     "metrics": pa.schema(
@@ -183,7 +185,7 @@ def check(table: pa.Table, name: str, where: object = "") -> pa.Table:
 
 def _refuse_nonfinite(table: pa.Table, name: str, column_name: str, where: object) -> None:
     column = table[column_name].combine_chunks()
-    values = column.flatten() if pa.types.is_fixed_size_list(column.type) else column
+    values = column.flatten() if pa.types.is_fixed_size_list(column.type) or pa.types.is_list(column.type) else column
     if not pa.types.is_floating(values.type):
         return
     nullable = SCHEMAS[name].field(column_name).nullable  # then a vector may have empty entries, too

@@ -387,7 +387,7 @@ def test_scores_read_no_label_of_the_test_part(mia, stages):
         (("--settings", "18,1"), ("setting 1 was not extracted", "mia features --settings 1")),
         (("--settings", "77"), ("unknown setting 77",)),
         (("--settings", "all"), ("'--settings'", "'all' is not a comma-separated list of int")),
-        (("--attacks", "loss"), ("--attacks[0]: unknown value 'loss'", "loss_threshold")),
+        (("--attacks", "los_threshold"), ("--attacks[0]: unknown value 'los_threshold'", "loss_threshold")),
         (("--attacks", ""), ("--attacks: [] should be non-empty",)),
         (("--attacks", "random_forest", "--folds", "50"), ("one class has 40 groups for 50 folds", "scores.folds")),
         (("--dataset", "absent.parquet"), ("dataset file does not exist", "absent.parquet")),

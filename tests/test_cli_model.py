@@ -64,10 +64,73 @@ def test_from_a_folder_to_features(world):
     made = tables.provenance(world / "features.parquet")
     assert (made["unet_rows"], made["decodes"]) == (6, 3)
     assert str(world) not in str(made)
-    assert tables.read(world / "features.parquet", "features").num_rows == 6  # grid and setting, three images
+    assert tables.read(world / "features.parquet", "features").num_rows == 3  # one timestep and draw of three images
     code, line = features(world, "--losses", "model_los")
     assert code == 2
     assert line == "error: --losses[0]: unknown value 'model_los'; use 'model_loss'"
+
+
+def read(world, block: str, probes: str, *more: object, output: str = "features") -> tuple[int, str]:
+    return mia(
+        "features", "--latents", world / "latents.parquet", "--texts", world / "texts.parquet",
+        "--images", world / "images.parquet", "--target", world / "target.json", "--block", block,
+        "--settings", "", "--probes", probes, "--draws", "2", "--output", world / f"{output}.parquet", *more,
+    )  # fmt: skip
+
+
+def test_every_kind_of_block_is_read(world):
+    assert manifest(world)[0] == latents(world)[0] == 0
+    selection = ("--selection", world / "selection.parquet")
+    found = {}
+    for block, probes, more in (
+        ("crops", "crops", ()), ("prompts", "prompts", selection),
+        ("gradients", "gsa,gradient_masking,noise_optimisation", ("--gradient-timesteps", "101,501")),
+        ("variations", "variations", (*selection, "--variations", "2")),
+    ):  # fmt: skip
+        code, line = read(world, block, probes, *more)
+        assert code == 0, line
+        made, table = tables.provenance(world / "features.parquet"), tables.read(world / "features.parquet", "features")
+        assert made["latent_shape"] == [4, 8, 8]
+        found[block] = (made["unet_rows"] // 3, made["decodes"] // 3, sorted(set(table["block"].to_pylist())))
+    assert found == {
+        "crops": (8, 0, ["crop-82"]), "prompts": (9, 0, ["prompt-1", "prompt-2", "prompt-3"]),
+        # two backward passes and two masked inputs; six evaluations of the optimisation
+        "gradients": (2 + 2 + 6, 0, ["gradient-masking", "gsa1", "gsa2", "noise-optimisation"]),
+        "variations": (2 * 2, 2, ["variations"]),
+    }  # fmt: skip
+
+
+def test_two_devices_give_what_one_gives(world):
+    assert manifest(world)[0] == latents(world)[0] == 0
+    assert read(world, "clean", "pia", output="one")[0] == 0
+    code, line = read(world, "clean", "pia", "--device", "cpu,cpu", "--batch-size", "5", output="two")
+    assert code == 0, line
+    assert (world / "one.parquet").read_bytes() == (world / "two.parquet").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("block", "probes", "more", "message"),
+    [
+        ("clean", "piano", (), "error: unknown probe 'piano', features.probes, use noised, "),
+        ("clean", "crops", (), "error: no setting or probe asked for is read in block 'clean', --block, use crops"),
+        ("prompts", "prompts", (), "error: block 'prompts' needs the captions, --selection, give the selection table"),
+        ("crops", "crops", ("--crops", "100"), "error: --crops[0]: 100 is greater than 99"),
+        ("clean", "clean", ("--device", "cuda"), "error: CUDA is asked for but torch finds no CUDA device"),
+    ],
+)
+def test_a_block_that_cannot_be_read_is_one_line(world, block, probes, more, message):
+    assert manifest(world)[0] == latents(world)[0] == 0
+    code, line = read(world, block, probes, *more)
+    assert code == 2 and line.startswith(message), line
+    assert not (world / "features.parquet").exists()
+
+
+def test_a_corrupt_shard_of_latents(world):
+    assert manifest(world)[0] == latents(world)[0] == 0
+    whole = (world / "latents.parquet").read_bytes()
+    (world / "latents.parquet").write_bytes(whole[: len(whole) // 2])
+    code, line = read(world, "clean", "clean")
+    assert code == 2 and line.startswith("error: Parquet file cannot be read as Parquet") and "latents.parquet" in line
 
 
 def test_a_target_that_lacks_a_part(world):

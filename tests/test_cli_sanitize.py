@@ -64,6 +64,8 @@ def test_method_none_keeps_everything(mia, folder):  # noqa: F811
 def test_sanitize_refuses_what_is_no_question(mia, folder):  # noqa: F811
     refused(mia("sanitize", "--members", folder / "m.parquet"), "nothing to sanitize")
     refused(mia(*words(folder, "--metadata", folder / "x.parquet")), "nothing to sanitize")
+    for flag in ("--max-rounds", "--chunk"):
+        refused(mia(*words(folder, flag, 0)), f"{flag}: 0 is less than 1;")
     refused(mia(*words(folder, "--method", "magic")), "unknown value 'magic'", "matched")
     refused(mia(*words(folder, "--method", "paper")), "method 'paper' needs a text encoder", "--target")
     pl.read_parquet(folder / "m.parquet").drop("caption").write_parquet(folder / "m.parquet")

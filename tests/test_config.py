@@ -86,6 +86,43 @@ def test_every_option_of_the_example_has_a_place_in_data_flow_order():
     assert order == [name for name in config.STAGES if name in order]
 
 
+def select_section() -> dict:
+    """The section of the example that stands there as a comment."""
+    lines = (ROOT / "config.yaml").read_text().splitlines()
+    first = lines.index("# select:")
+    last = next(i for i in range(first, len(lines)) if not lines[i].startswith("#"))
+    return yaml.safe_load("\n".join(line.removeprefix("# ") for line in lines[first:last]))["select"]
+
+
+def test_the_commented_section_holds_every_option_of_select_at_its_default():
+    section = select_section()
+    assert config.checked(changed("select", to=section))
+    assert config.SelectionOptions(**section | {"languages": ()}) == config.SelectionOptions()
+    assert list(section) == [field.name for field in dataclasses.fields(config.SelectionOptions)]
+
+
+def test_sources_are_read_in_order_each_with_its_file_and_its_columns():
+    own = {"url": "u", "caption": "c"}
+    new = changed("metadata", "sources", to={"member": ["a.csv"], "candidate": ["b", {"file": "c", "columns": own}]})
+    new["select"] = {}
+    default = GOOD["metadata"]["columns"]
+    assert config.sources(config.checked(new)) == {
+        "member": [{"file": "a.csv", "columns": default}],
+        "candidate": [{"file": "b", "columns": default}, {"file": "c", "columns": own}],
+    }
+
+
+def test_a_commit_to_be_filled_in_is_valid_and_spoken_of(capsys):
+    path = ROOT / "workflow" / "config" / "laion-mi.yaml"
+    waiting = config.unpinned(config.load(path))
+    assert len(waiting) == 2 and all("@COMMIT/" in file for file in waiting)
+    cli.commands.main(["validate-config", "--config", str(path)], standalone_mode=False)
+    said = capsys.readouterr()
+    assert said.out == f"{path}: valid\n" and len(said.err.splitlines()) == 2
+    assert waiting[0] in said.err and "https://huggingface.co/datasets/ChristophSchuhmann/improved" in said.err
+    assert config.unpinned(config.load(ROOT / "workflow" / "config" / "laion-mi-published.yaml")) == []
+
+
 # ------------------------------------------------------------------------------------------------ bad ones
 
 
@@ -120,7 +157,7 @@ def test_every_option_of_the_example_has_a_place_in_data_flow_order():
         (changed("seed", to=...), "config.yaml: missing key 'seed'; add it: a whole number from 0"),
         (
             changed("embeddings", "model", to=...),
-            "config.yaml: embeddings: missing key 'model'; add it: local-dir:FOLDER or hf-hub:NAME",
+            "config.yaml: embeddings: missing key 'model'; add it: local-dir:FOLDER, hf-hub:NAME or tag:",
         ),
         (
             changed("metadata", "columns", "url", to=...),
@@ -139,18 +176,18 @@ def test_every_option_of_the_example_has_a_place_in_data_flow_order():
         (changed("targets", MAIN, "rôle", to="main"), f"targets.{MAIN}: unknown key 'rôle'; use 'role'"),
         (
             changed("execution", "qqq", to=1),
-            "unknown key 'qqq'; use one of 'batch_size', 'concurrency', 'deadline_s', 'device', 'host_delay_s',"
-            " 'per_host', 'timeout_s'",
+            "unknown key 'qqq'; use one of 'batch_size', 'compile', 'concurrency', 'deadline_s', 'device',"
+            " 'host_delay_s', 'per_host', 'timeout_s'",
         ),
         (
             changed("scores", "attacks", to=["loss_threshold", "random_forrest"]),
             "config.yaml: scores.attacks[1]: unknown value 'random_forrest'; use 'random_forest'",
         ),
         (
-            changed("targets", PARTIAL, "attacks", to=["secmi"]),
-            f"targets.{PARTIAL}.attacks[0]: unknown value 'secmi'; use one of 'loss_threshold', 'logistic_regression'",
+            changed("targets", PARTIAL, "attacks", to=["xyzzy"]),
+            f"targets.{PARTIAL}.attacks[0]: unknown value 'xyzzy'; use one of 'loss_threshold', 'logistic_regression'",
         ),
-        (changed("features", "settings", to=[17]), "config.yaml: features.settings[0]: unknown value '17'; use '"),
+        (changed("features", "settings", to=[19]), "config.yaml: features.settings[0]: 19 is greater than 18; "),
         (
             changed("features", "losses", 0, to="model_los"),
             "features.losses[0]: unknown value 'model_los'; use 'model_loss'",
@@ -188,6 +225,59 @@ def test_every_option_of_the_example_has_a_place_in_data_flow_order():
             changed("audit", "folds", to=4),
             "config.yaml: audit.folds: differs from scores.folds; blind and supervised attacks share folds",
         ),
+        (
+            changed("metadata", "sources", "member", 0, to="hf://datasets/a/b@main/c.parquet"),
+            "config.yaml: metadata.sources.member[0]: 'hf://datasets/a/b@main/c.parquet' is no pinned file of the hub; "
+            "write hf://datasets/OWNER/NAME@COMMIT/FILE, its commit in 40 hex digits; see the dataset's history",
+        ),
+        (
+            changed("metadata", "sources", "candidate", to=[{"file": "hf://datasets/a/b/c.parquet"}]),
+            "config.yaml: metadata.sources.candidate[0]: 'hf://datasets/a/b/c.parquet' is no pinned file of the hub",
+        ),
+        (
+            changed("metadata", "sources", "control", to=["a.parquet", "b.csv.gz"]),
+            "config.yaml: metadata.sources.control[1]: 'b.csv.gz' is no local Parquet file; add the section `select`",
+        ),
+        (
+            changed("metadata", "sources", "member", to=[f"hf://datasets/a/b@{'0' * 40}/c.parquet"]),
+            "c.parquet' is no local Parquet file; add the section `select`, if only as `select: {}`",
+        ),
+        (
+            changed(
+                "metadata", "sources", "member", 0, to={"file": "a.parquet", "columns": {"url": "u", "caption": "c"}}
+            ),
+            "config.yaml: metadata.sources.member[0]: has columns of its own; add the section `select`",
+        ),
+        (
+            changed("metadata", "sources", "member", 0, to={"columns": {"url": "u", "caption": "c"}}),
+            "config.yaml: metadata.sources.member[0]: missing key 'file'; add it: a path, or hf://datasets/OWNER/NAME@",
+        ),
+        (
+            changed("metadata", "sources", "member", 0, to={"file": "a.csv", "columns": {"url": "u"}}),
+            "metadata.sources.member[0].columns: missing key 'caption'; add it: the source's column of captions",
+        ),
+        (
+            changed("metadata", "sources", "member", 0, to={"file": "a.csv", "colums": {}}),
+            "metadata.sources.member[0]: unknown key 'colums'; use 'columns'",
+        ),
+        (
+            changed("metadata", "sources", "member", 0, to=5),
+            "metadata.sources.member[0]: 5 is not of type string or object; a path, hf://datasets/OWNER/NAME@COMMIT/FILE",
+        ),
+        (
+            changed("metadata", "sources", "member", 0, to=""),
+            "config.yaml: metadata.sources.member[0]: '' should be non-empty; a path, hf://datasets/OWNER/NAME@COMMIT",
+        ),
+        (
+            changed("metadata", "sources", "member", to=[]),
+            "config.yaml: metadata.sources.member: [] should be non-empty",
+        ),
+        (changed("select", to={"max_row": 5}), "config.yaml: select: unknown key 'max_row'; use 'max_rows'"),
+        (
+            changed("select", to={"max_rows": -1}),
+            "config.yaml: select.max_rows: -1 is less than 0; rows to keep of each",
+        ),
+        (changed("select", to=None), "config.yaml: select: None is not of type object; which rows of each source stay"),
         (None, "config.yaml: None is not of type object"),
         ([], "config.yaml: [] is not of type object"),
     ],
@@ -216,7 +306,8 @@ def test_a_value_of_another_kind_is_refused_at_every_key():
         wrong = {"a": 1} if not isinstance(value, dict) else "text"
         found = refusal(changed(*path, to=wrong))
         assert found.startswith(f"config.yaml: {dotted(path)}: "), found
-        assert "unknown value" in found or "is not of type" in found
+        unlike = "unknown key 'a'" if path[:2] == ("metadata", "sources") and len(path) == 4 else "is not of type"
+        assert "unknown value" in found or unlike in found  # a source may be an object
 
 
 def test_an_unknown_key_is_refused_in_every_section():
@@ -305,7 +396,7 @@ def test_every_key_of_the_schema_has_a_description():
         if isinstance(node.get("additionalProperties"), dict):
             yield from walk(node["additionalProperties"], f"{path}.*")
 
-    found = dict(walk(SCHEMA, ""))
+    found = dict(walk(SCHEMA, "")) | {name: rule for part in SCHEMA["$defs"].values() for name, rule in walk(part, "$")}
     assert len(found) >= 90
     assert [name for name, rule in found.items() if not rule.get("description")] == []
 
@@ -328,12 +419,13 @@ def test_every_object_of_the_schema_is_closed():
 def test_the_schema_is_itself_valid_and_lists_what_the_code_has():
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     assert properties("scores")["attacks"]["items"]["enum"] == list(scores.ATTACKS)
-    assert set(properties("features")["settings"]["items"]["enum"]) == set(settings.SETTINGS)
+    numbers = properties("features")["settings"]["items"]
+    assert (numbers["minimum"], numbers["maximum"]) == (min(settings.SETTINGS), max(settings.SETTINGS))
     assert properties("features")["losses"]["items"]["enum"] == list(settings.LOSSES)
     assert properties("features")["timesteps"]["enum"] == list(settings.VARIANTS)
     target = SCHEMA["properties"]["targets"]["additionalProperties"]["properties"]
     assert target["attacks"]["items"]["enum"] == list(scores.ATTACKS)
-    columns = SCHEMA["properties"]["metadata"]["properties"]["columns"]["properties"]
+    columns = SCHEMA["$defs"]["columns"]["properties"]
     from mia import sanitize, sources
 
     assert list(columns) == list(sources.COLUMNS)
@@ -377,6 +469,7 @@ def test_a_section_comes_through_its_flags_unchanged(stage):
 @pytest.mark.parametrize(
     "options",
     [
+        config.SelectionOptions(("en", "de"), True, -1e9, 0.3, 0.5, 0.5, 256, 3.0, 7),
         config.ImagesOptions(True, ("127.0.0.1:8000", "::1", "a-b.example"), 1, 2, 0),
         config.ImagesOptions(False, (), 10**12),
         config.EmbeddingsOptions("local-dir:/a b/$HOME/`id`/'q'\"d\"; rm -rf *|&<>(x)\\n"),
@@ -385,7 +478,9 @@ def test_a_section_comes_through_its_flags_unchanged(stage):
         config.DedupOptions(0.1 + 0.2, 64),
         config.MetadataOptions(("en", "zh-TW"), -1e300, 0, 1.0, 10, 5),
         config.AuditOptions(("caption",), 2),
-        config.FeaturesOptions((1,), ("pixel_error",), 1, "committed", "bfloat16"),
+        config.FeaturesOptions(
+            (1, 14), ("secmi",), ("pixel_error",), 1, "committed", 3, 0.5, crops=(70, 95), tf32=True
+        ),
         config.EvaluationOptions((0.1, 1e-05), 0.99, 100),
         config.TrainOptions("control", (0,), 7, 1e-5, 1, 0.0, (16, 32, 64)),
     ],

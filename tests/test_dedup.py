@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mia import cli, dedup, tables
@@ -346,6 +348,72 @@ def test_one_shard_or_seven_give_one_table_without_the_dead(tmp_path):
     wanted = oracle(half, DedupOptions())
     assert {name: row["reason"] for name, row in rows.items()} == {name: row["reason"] for name, row in wanted.items()}
     assert {name: row["group"] for name, row in rows.items()} == {name: row["group"] for name, row in wanted.items()}
+
+
+def test_shards_in_any_order_give_the_same_bytes(tmp_path):
+    words = written(tmp_path, crowd(3), 5)
+    cli.commands.main(words, standalone_mode=False)
+    wanted = (tmp_path / "out").read_bytes()
+    pairs = [words[5:][i : i + 2] for i in range(0, len(words) - 5, 2)]
+    cli.commands.main([*words[:5], *(word for pair in reversed(pairs) for word in pair)], standalone_mode=False)
+    assert (tmp_path / "out").read_bytes() == wanted
+
+
+def unlike(tmp_path) -> None:
+    table = tables.read(tmp_path / "e1-2", "embeddings")
+    ids, wide = table["sample_id"], tables.vector_column(np.ones((len(table), 9), np.float16))
+    tables.write(tmp_path / "e1-2", pa.table({"sample_id": ids, "image": wide, "text": wide}), "embeddings", {})
+
+
+def ragged(tmp_path) -> None:
+    table = tables.read(tmp_path / "e1-2", "embeddings")
+    lists = pa.array(table["image"].to_pylist(), pa.list_(pa.float16()))
+    pq.write_table(table.set_column(1, "image", lists), tmp_path / "e1-2")
+
+
+def twice(tmp_path) -> None:
+    shutil.copy(tmp_path / "e0-2", tmp_path / "e1-2")
+
+
+def imageless(tmp_path) -> None:
+    pq.write_table(tables.read(tmp_path / "e1-2", "embeddings").drop("image"), tmp_path / "e1-2")
+
+
+def infinite(tmp_path) -> None:
+    table = tables.read(tmp_path / "e1-2", "embeddings")
+    spoilt = tables.vectors(table["image"], np.float16).copy()
+    spoilt[0, 0] = np.inf
+    pq.write_table(table.set_column(1, "image", tables.vector_column(spoilt)), tmp_path / "e1-2")
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (unlike, "embeddings are 9 wide, others .*, .*e1-2, use one encoder"),
+        (ragged, "embeddings column 'image' is list<.*, .*e1-2, make it anew"),
+        (twice, "embeddings table has two rows with one key, [0-9a-f]{32}, give every shard once"),
+        (imageless, "embeddings table has no column 'image', .*e1-2"),
+        (infinite, "the vector of .* holds NaN, infinity or too large a number"),
+        (lambda folder: (folder / "e1-2").unlink(), "embeddings file does not exist, .*e1-2"),
+    ],
+)
+def test_the_command_refuses_embeddings_that_do_not_fit(harm, message, tmp_path):
+    words = written(tmp_path, crowd(3), 2)
+    harm(tmp_path)
+    with pytest.raises(UserError, match=message):
+        cli.commands.main(words, standalone_mode=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_reads_no_text_vectors(tmp_path):
+    words = written(tmp_path, crowd(3), 2)
+    cli.commands.main(words, standalone_mode=False)
+    wanted = tables.read(tmp_path / "out", "duplicates")
+    for number in range(2):
+        path = tmp_path / f"e{number}-2"
+        pq.write_table(tables.read(path, "embeddings").drop("text"), path)
+    cli.commands.main(words, standalone_mode=False)
+    assert tables.read(tmp_path / "out", "duplicates").equals(wanted)
 
 
 def test_the_command_refuses_embeddings_without_their_images(tmp_path):

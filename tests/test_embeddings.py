@@ -7,10 +7,12 @@ import itertools
 import threading
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image, ImageDraw
 
-from mia import embeddings, models, pixels, tables
+from mia import cli, embeddings, models, pixels, tables
+from mia.errors import UserError
 from tests.conftest import ROOT, picture
 
 FOLDER = ROOT / "resources/example/encoders/clip"
@@ -149,3 +151,20 @@ def test_an_image_that_cannot_be_decoded_stops_the_run_at_once(clip):
     with pytest.raises(pixels.ImageError, match="not_an_image"):
         embeddings.embed([f"{i:032x}" for i in range(506)], images, ["x"] * 506, *clip, 4, workers=1)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def test_a_sample_that_the_metadata_lack_is_named(tmp_path):
+    ids = [f"{i:032x}" for i in range(2)]
+    about = {"url": "u", "caption": "c", "source": "s", "pool": "member"}
+    known = pa.Table.from_pylist([{"sample_id": ids[0], **about}], schema=tables.SCHEMAS["metadata"])
+    shown = [{"sample_id": i, "status": "ok", "detail": "", "bytes": picture(0)} for i in ids]
+    tables.write(tmp_path / "m", known, "metadata", {})
+    tables.write(tmp_path / "i", pa.Table.from_pylist(shown, schema=tables.SCHEMAS["images"]), "images", {})
+    words = ["embeddings", "--model", f"local-dir:{FOLDER}", "--output"]
+    words += [str(tmp_path / "out"), "--metadata", str(tmp_path / "m"), "--images", str(tmp_path / "i")]
+    with pytest.raises(UserError, match=f"a table lacks a sample that another one has, {ids[1]}, make both"):
+        cli.commands.main(words, standalone_mode=False)
+    assert not (tmp_path / "out").exists()

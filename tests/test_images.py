@@ -814,6 +814,26 @@ def test_resumed_on_the_command_line(
     assert refused.returncode == 2 and "fetched under other options" in refused.stderr.splitlines()[-1]
 
 
+def test_earlier_images_of_another_version_or_other_options_are_refused(
+    server: Server, command: Callable[[str], list[str]], tmp_path: pathlib.Path
+) -> None:
+    """Rows that another version of the stage called final may not be so in this one."""
+    subprocess.run([*command("a.parquet"), "--timeout-s", "0.2"], check=True, capture_output=True)
+    first = tmp_path / "out" / "a.parquet"
+    table, made = tables.read(first, "images"), tables.provenance(first)
+    for change in ({"version": made["version"] + 1}, {"version": None}, {"config_hash": "0" * 16}):
+        tables.write(first, table, "images", made | change)
+        again = [*command("b.parquet"), "--previous", str(first)]
+        server.hits.clear()
+        done = subprocess.run(again, capture_output=True, text=True)
+        line = "error: earlier images were fetched under other options or by another version, "
+        assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(line)
+        assert not server.hits and not (tmp_path / "out" / "b.parquet").exists()
+    tables.write(first, table, "images", made)
+    subprocess.run([*again, "--timeout-s", "0.2"], check=True, capture_output=True)
+    assert set(server.hits) == {"/slow"}
+
+
 def test_full_disk_on_the_command_line(command: Callable[[str], list[str]], tmp_path: pathlib.Path) -> None:
     """No file of the process may grow beyond 1,000 bytes."""
     program = (

@@ -302,9 +302,43 @@ def test_the_command_gives_the_same_bytes_for_shuffled_sources(tmp_path):
     assert before.select(names).equals(after.select(names))
 
 
+def selected(tmp_path, name: str, frame: pl.DataFrame, *more: str) -> tuple[str, str]:
+    """What `mia select` makes of a source with columns of its own, and its counts."""
+    frame.rename({"URL": "link", "TEXT": "text"}).write_csv(tmp_path / f"{name}.csv")
+    output, dropped = tmp_path / f"{name}-0.parquet", tmp_path / f"{name}-dropped.parquet"
+    words = ["--column", "url=link", "--column", "caption=text", "--column", "width=WIDTH", "--column", "height=HEIGHT"]
+    words += ["--output", str(output), "--dropped-output", str(dropped), "--pool", "candidate", *more]
+    cli.commands.main(["select", "--source", str(tmp_path / f"{name}.csv"), *words], standalone_mode=False)
+    return str(output), str(dropped)
+
+
+def test_what_select_wrote_is_read_by_our_own_names_beside_sources_with_theirs(tmp_path):
+    frame = source(10, URL=[f"s{i}" for i in range(10)], WIDTH=[9] * 4 + [640] * 6)
+    first, lost = selected(tmp_path, "one", frame, "--min-side-px", "16")
+    second, lost_too = selected(tmp_path, "two", frame.with_columns(URL="x" + pl.col("URL")), "--min-side-px", "16")
+    run(tmp_path, "--candidate", first, "--candidate", second, "--dropped", lost, "--dropped", lost_too)
+    found = tables.read(tmp_path / "out.parquet", "metadata").to_pylist()
+    mine = [row for row in found if row["source"] in ("one", "two")]
+    assert len(mine) == 12 and {row["width"] for row in mine} == {640} and len(found) == 40 + 30 + 12
+    dropped = tables.read(tmp_path / "dropped.parquet", "dropped").to_pylist()
+    assert dropped == [{"stage": "select", "reason": "too small", "pool": "candidate", "rows": 8}]
+    assert tables.provenance(tmp_path / "out.parquet")["columns"] == COLUMNS
+
+
+def test_filters_of_both_stages_hold_and_each_counts_its_own(tmp_path):
+    frame = source(10, URL=[f"s{i}" for i in range(10)], WIDTH=[9] * 4 + [100] * 3 + [640] * 3)
+    output, lost = selected(tmp_path, "one", frame, "--min-side-px", "16")
+    run(tmp_path, "--candidate", output, "--dropped", lost, "--min-side-px", "200")
+    kept = [row for row in tables.read(tmp_path / "out.parquet", "metadata").to_pylist() if row["source"] == "one"]
+    assert len(kept) == 3
+    dropped = tables.read(tmp_path / "dropped.parquet", "dropped").to_pylist()
+    assert {(row["stage"], row["rows"]) for row in dropped} == {("select", 4), ("metadata", 3 + 5)}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (("--dropped", "nowhere.parquet"), "dropped file does not exist, nowhere.parquet"),
         (("--min-side-px", "10000"), "no candidate rows are left after the filters"),
         (("--column", "caption"), "'caption' names no column, --column, write OURS=THEIRS"),
         (("--column", "tittle=TEXT"), "'tittle' is no column of ours, metadata.columns"),

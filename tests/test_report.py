@@ -39,7 +39,16 @@ TARGETS = {
     "step_00300": {"role": "checkpoint", "source": "models/members/step-00300", "step": 300},
 }
 STRENGTH = {"memorised": 4.0, "step_00300": 0.9}
-FIGURES = ("roc", "controls", "tpr_by_timestep", "tpr_by_step", "embedding_scatter", "frechet", "dedup_distances")
+FIGURES = (
+    "roc",
+    "controls",
+    "costs",
+    "tpr_by_timestep",
+    "tpr_by_step",
+    "embedding_scatter",
+    "frechet",
+    "dedup_distances",
+)
 OPTIONS = EvaluationOptions(bootstrap=200, permutations=200)
 
 

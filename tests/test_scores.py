@@ -82,7 +82,7 @@ def test_low_loss_scores_high():
     ("options", "numbers", "words"),
     [
         (("loss_threshold",), (18, 1), ("setting 1 was not extracted", "mia features --settings 1")),
-        (("loss_threshold",), (18, 99), ("unknown setting 99", "use one of")),
+        (("loss_threshold",), (18, 99), ("unknown setting 99", "use 1 to 18")),
         (("loss_treshold",), (18,), ("unknown attack 'loss_treshold'", "scores.attacks", "loss_threshold")),
         ((), (18,), ("no attack is asked for", "scores.attacks")),
         (("random_forest",), (18,), ("2 labelled samples", "random_forest", "50 are needed")),

@@ -238,6 +238,15 @@ def test_links_make_groups_and_a_chain_is_one(monkeypatch):
     assert len(set(groups.labels())) == 3
 
 
+def test_some_rows_of_a_matrix_are_joined_as_their_copy_is(monkeypatch):
+    monkeypatch.setattr(search, "TILE", 8)
+    x, rows = vectors(3, 90), np.random.default_rng(1).permutation(90)[:50]
+    view = search.Rows(x, rows)
+    assert view.shape == (50, x.shape[1]) and len(view) == 50 and (view[2:5] == x[rows[2:5]]).all()
+    found = [[part.tolist() for part in chunk] for chunk in search.radius_pairs(view, 0.9)]
+    assert found == [[part.tolist() for part in chunk] for chunk in search.radius_pairs(x[rows], 0.9)] and found
+
+
 def test_near_links_are_the_components_of_all_close_pairs():
     x = vectors(3, 90)
     linked, plain = search.Components(90), list(range(90))
@@ -426,6 +435,23 @@ def test_a_bad_reference_is_one_clear_line(tmp_path, case):
     with pytest.raises(UserError, match=line) as error:
         run(words, tmp_path)
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--k", "0"], "--k: 0 is less than 1; training images kept for each candidate, from 1 to 1024"),
+        (["--k", "1025"], "--k: 1025 is greater than 1024"),
+        (["--recall-queries", "0"], "--recall-queries: 0 is less than 1; queries searched exactly as well"),
+        (["--probes", "0"], "--probes: 0 is less than 1; cells of 1,024"),
+        (["--exact-below", "-1"], "--exact-below: -1 is less than 0"),
+    ],
+)
+def test_a_number_out_of_range_is_one_line(words, message, tmp_path):
+    given, _ = written(tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        run([*given, *own(tmp_path, 2), *words], tmp_path)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
 def test_the_command_refuses_another_model_and_nothing_to_search(tmp_path):

@@ -382,6 +382,27 @@ def test_a_bad_map_of_columns_is_refused(words, message, source, tmp_path):
         run(source, tmp_path, words=words)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--max-rows", "-1"], "--max-rows: -1 is less than 0; rows to keep of each file"),
+        (["--max-aspect-ratio", "0.5"], "--max-aspect-ratio: 0.5 is less than 1"),
+        (["--min-side-px", "-5"], "--min-side-px: -5 is less than 0"),
+    ],
+)
+def test_a_flag_out_of_range_is_refused_as_in_the_configuration(words, message, source, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run(source, tmp_path, *words)
+
+
+def test_a_filter_on_a_column_that_no_one_named_is_spoken_of(source, tmp_path, capsys):
+    words = ["--column", "url=URL", "--column", "caption=TEXT", "--column", "width=WIDTH"]
+    run(source, tmp_path, "--min-aesthetic", "5", "--min-side-px", "60", words=words)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == f"{source}: no column is named for 'aesthetic', so min_aesthetic holds nothing back"
+    assert said[1] == f"{source}: no column is named for 'height', so min_side_px may hold less back" and len(said) == 3
+
+
 def test_a_full_disk_is_said_in_one_line(source, tmp_path):
     full = tmp_path / "full"
     full.symlink_to("/dev/full")

@@ -3,79 +3,21 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
-import http.server
 import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
-import threading
 
 import polars as pl
 import pytest
 
 from mia import sources, tables
 from mia.errors import UserError
+from tests.hub import COMMIT, OLD, REPO, serving
 
-COMMIT, OLD = "0123456789abcdef" * 2 + "01234567", "f" * 40
-REPO = "laion/tiny"
 SOURCE = f"hf://datasets/{REPO}@{COMMIT}/data/part-0.parquet"
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """What huggingface_hub asks for a file of a dataset, and no more. One repository is gated, one is private."""
-
-    protocol_version = "HTTP/1.1"
-    files: dict[tuple[str, str, str], bytes]
-    asked: list[tuple[str, str, str | None]]
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def answer(self, code: int, body: bytes = b"", **headers: str) -> None:
-        self.send_response(code)
-        headers = {"Content_Length": str(len(body))} | headers
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def do_HEAD(self) -> None:  # noqa: N802
-        self.do_GET()
-
-    def do_GET(self) -> None:  # noqa: N802
-        if self.path == "/api/agent-harnesses":  # the library's own affair
-            return self.answer(404)
-        token = self.headers.get("Authorization")
-        self.asked.append((self.command, self.path, token))
-        found = re.fullmatch(r"(?:/api)?/datasets/([^/]+/[^/]+)/(resolve|revision)/([^/]+)/?(.*)", self.path)
-        assert found, self.path
-        repo, kind, revision, file = found.groups()
-        revision = COMMIT if revision == "main" else revision
-        if repo == "laion/gated" and token != "Bearer hf_good":
-            return self.answer(403 if token else 401, X_Error_Code="GatedRepo", X_Error_Message="ask first")
-        if repo == "laion/private" and token != "Bearer hf_good":
-            return self.answer(401, X_Error_Code="RepoNotFound")
-        if repo == "laion/broken":
-            return self.answer(418)
-        if repo == "laion/cut":
-            self.close_connection = True
-            body = b"" if self.command == "HEAD" else b"half"
-            return self.answer(200, body, Content_Length="8", X_Repo_Commit=revision, ETag='"cut"')
-        if repo not in {known for known, _, _ in self.files}:
-            return self.answer(404, X_Error_Code="RepoNotFound")
-        if revision not in {at for known, at, _ in self.files if known == repo}:
-            return self.answer(404, X_Error_Code="RevisionNotFound")
-        if kind == "revision":
-            return self.answer(200, json.dumps({"id": repo, "sha": revision}).encode(), Content_Type="application/json")
-        body = self.files.get((repo, revision, file))
-        if body is None:
-            return self.answer(404, X_Error_Code="EntryNotFound")
-        etag = f'"{hashlib.sha256(body).hexdigest()}"'
-        return self.answer(200, body, X_Repo_Commit=revision, ETag=etag)
 
 
 @pytest.fixture
@@ -83,22 +25,17 @@ def hub(tmp_path, monkeypatch):
     """A hub that a user without a token sees, with an empty cache."""
     files = {(repo, COMMIT, "data/part-0.parquet"): b"new" for repo in (REPO, "laion/gated", "laion/private")}
     files[REPO, OLD, "data/part-0.parquet"] = b"old"
-    handler = type("Handler", (Hub,), {"files": files, "asked": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
-    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr("time.sleep", lambda _: None)  # between its retries
-    yield handler
-    server.shutdown()
-    server.server_close()
+    with serving(files) as (handler, endpoint):
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr("time.sleep", lambda _: None)  # between its retries
+        yield handler
 
 
 # ------------------------------------------------------------------------------------------------ the hub
@@ -143,7 +80,14 @@ def test_a_branch_is_refused_offline_with_the_commit_of_the_cache(hub, monkeypat
     assert caught.value.fix == f"write {SOURCE}"
     with pytest.raises(UserError, match="no commit") as caught:
         sources.fetch(SOURCE.replace(COMMIT, "v2"))
-    assert caught.value.fix == f"write {SOURCE.replace(COMMIT, 'COMMIT')}"
+    history = f"https://huggingface.co/datasets/{REPO}/commits/main"
+    assert caught.value.fix == f"write {SOURCE.replace(COMMIT, 'COMMIT')} with one of {history}"
+
+
+def test_a_commit_to_be_filled_in_is_refused_with_the_newest(hub):
+    with pytest.raises(UserError, match="'COMMIT' is no commit of 40 hex digits") as caught:
+        sources.fetch(SOURCE.replace(COMMIT, "COMMIT"))
+    assert caught.value.fix == f"write {SOURCE}"
 
 
 @pytest.mark.parametrize("token", [None, "hf_bad"])

@@ -33,7 +33,9 @@ def column(name: str, field: pa.Field, rows: int) -> pa.Array:
     if pa.types.is_fixed_size_list(field.type) or isinstance(field.type, pa.ListType):
         width = field.type.list_size if pa.types.is_fixed_size_list(field.type) and field.type.list_size > 0 else 3
         matrix = (numbers[:, None] + np.arange(width)).astype(field.type.value_type.to_pandas_dtype())
-        return tables.vector_column(matrix)
+        found = tables.vector_column(matrix)
+        one_width = pa.types.is_fixed_size_list(field.type) or field.type in (tables.VECTOR, tables.BANDS)
+        return found if one_width else found.cast(field.type)
     if pa.types.is_string(field.type):
         return pa.array([f"{field.name}-{i}" for i in numbers])
     if pa.types.is_large_binary(field.type):

@@ -19,7 +19,7 @@ PHASES = {
     "audit": ("audit", "infer"),
     "evaluation": ("evaluate",),
     "report": ("report",),
-    "inspect": ("list-settings", "list-attacks", "show-config", "validate-config"),
+    "inspect": ("list-settings", "list-attacks", "plan", "show-config", "validate-config"),
 }
 
 

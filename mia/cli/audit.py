@@ -76,7 +76,7 @@ def _from_dataset(dataset: pathlib.Path, images: Any, embeddings: Any, options: 
     rows = tables.read(dataset, "dataset")
     ids, captions = rows["sample_id"].to_pylist(), rows["caption"].to_pylist()
     data = common.image_bytes(images, ids) if "image" in options.features else {}
-    vectors = common.matching(tables.read(list(embeddings), "embeddings"), rows) if embeddings else None
+    vectors = common.embeddings_of(embeddings, rows) if embeddings else None
     seen = stage.Seen(
         np.array(ids, dtype=object), captions=captions, urls=rows["url"].to_pylist(),
         images=[data[i] for i in ids] if data else None,

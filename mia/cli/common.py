@@ -145,22 +145,31 @@ def column_names(pairs: Iterable[str]) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in pairs) or {c: c for c in ("url", "caption")}
 
 
-def matching(table: pa.Table, rows: pa.Table) -> pa.Table:
-    """Rows of `table` for the samples of `rows`, in the same order."""
-    found = table.filter(pc.is_in(table["sample_id"], rows["sample_id"].combine_chunks()))
-    if found["sample_id"].to_pylist() != rows["sample_id"].to_pylist():
+def embeddings_of(paths: Iterable[object], rows: pa.Table) -> pa.Table:
+    """The embeddings of the samples of `rows`, in the same order; of the others one shard is in memory at a time."""
+    wanted, parts = rows["sample_id"].combine_chunks(), []
+    for path in paths:
+        shard = tables.read(path, "embeddings")
+        parts.append(shard.filter(pc.is_in(shard["sample_id"], wanted)))
+    found = pa.concat_tables(parts).sort_by("sample_id")
+    if found["sample_id"].to_pylist() != wanted.to_pylist():
         raise UserError("embeddings lack samples of the dataset", "--embeddings", "give every shard")
     return found
 
 
-def target_folder(manifest: pathlib.Path) -> tuple[pathlib.Path, dict]:
+def manifest(path: pathlib.Path) -> dict:
+    """The content of a target's manifest."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as problem:
+        raise UserError(f"target manifest cannot be read ({problem})", path, "run `mia target`") from problem
+
+
+def target_folder(path: pathlib.Path) -> tuple[pathlib.Path, dict]:
     """The model folder that a target's manifest names, and the manifest."""
     from mia import models
 
-    try:
-        about = json.loads(manifest.read_text())
-    except (OSError, json.JSONDecodeError) as problem:
-        raise UserError(f"target manifest cannot be read ({problem})", manifest, "run `mia target`") from problem
+    about = manifest(path)
     return models.locate(about["source"], about["revision"]), about
 
 

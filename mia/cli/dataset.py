@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 import tempfile
 from typing import Any
@@ -12,7 +13,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mia import tables
+from mia import sources, tables
 from mia.cli import common
 from mia.cli.common import PATH, many, one, seed_option, stage_options
 from mia.errors import UserError
@@ -31,12 +32,16 @@ from mia.errors import UserError
 @click.option(
     "--column", "columns", multiple=True, metavar="OURS=THEIRS", help="How the sources name a column of ours."
 )
+@click.option(
+    "--dropped", "earlier", type=PATH, multiple=True, help="Counts of rows that `mia select` dropped, to be handed on."
+)
 @one("--output", "The metadata table.")
 @one("--dropped-output", "Counts of rows dropped, by reason.")
 @stage_options("metadata")
 def metadata(
-    members: Any, candidates: Any, controls: Any, columns: Any, output: Any, dropped_output: Any, options: Any
-) -> None:
+    members: Any, candidates: Any, controls: Any, columns: Any, earlier: Any, output: Any, dropped_output: Any,
+    options: Any,
+) -> None:  # fmt: skip
     """Bring sources into one metadata table and drop rows not worth a download."""
     from mia import metadata as stage
 
@@ -44,14 +49,31 @@ def metadata(
     parts = []
     for pool, paths in (("member", members), ("candidate", candidates), ("control", controls)):
         for path in paths:
-            parts.append(stage.source_rows(_rows(path), mapping, path.stem, pool))
-    rows = pl.concat(parts)
+            parts.append(stage.source_rows(_rows(path), *_named(path, mapping), pool))
+    rows, before = pl.concat(parts), _summed(earlier)
     kept, dropped = stage.select(rows, options)
-    made = common.made_by("metadata", options, None, [*members, *candidates, *controls], columns=mapping)
+    inputs = [*members, *candidates, *controls, *earlier]
+    made = common.made_by("metadata", options, None, inputs, columns=mapping)
     schema = tables.SCHEMAS["metadata"]
     tables.write(output, kept.select(schema.names).to_arrow().cast(common.plain(schema)), "metadata", made)
-    counts = [("metadata", r["reason"], r["pool"], r["rows"]) for r in dropped.to_dicts()]
-    common.write_dropped(dropped_output, counts, made, rows_in=len(rows), rows_out=len(kept))
+    counts = [*before, *(("metadata", r["reason"], r["pool"], r["rows"]) for r in dropped.to_dicts())]
+    rows_in = len(rows) + sum(count for *_, count in before)
+    common.write_dropped(dropped_output, counts, made, rows_in=rows_in, rows_out=len(kept))
+
+
+def _named(path: pathlib.Path, mapping: dict[str, str]) -> tuple[dict[str, str], str]:
+    """The columns and the name of a source: as given, or, of what `mia select` wrote, our own and the one it notes."""
+    made = tables.provenance(path)
+    if made.get("stage") != "select":
+        return mapping, path.stem
+    return {name: name for name in sources.COLUMNS}, made.get("source", path.stem)
+
+
+def _summed(paths: tuple[pathlib.Path, ...]) -> list[tuple]:
+    """Rows of dropped tables, those of one stage, reason and pool added up."""
+    keys = ["stage", "reason", "pool"]
+    found = [common.frame(path, "dropped") for path in paths]
+    return pl.concat(found).group_by(keys).agg(pl.col("rows").cast(pl.Int64).sum()).sort(keys).rows() if found else []
 
 
 def _rows(path: pathlib.Path) -> pl.DataFrame:
@@ -128,10 +150,10 @@ def embeddings(metadata: Any, images: Any, device: str, batch_size: int, output:
     shown = shown.filter(pc.equal(shown["status"], "ok"))
     ids = shown["sample_id"].to_pylist()
     rows = tables.read(metadata, "metadata", columns=("sample_id", "caption"))
-    captions = dict(zip(rows["sample_id"].to_pylist(), rows["caption"].to_pylist(), strict=True))
+    captions = _by_id(rows, ids)["caption"].to_list()
     model, preprocess, tokenizer, weights = models.encoder(options.model, models.device(device))
     found = stage.embed(
-        ids, shown["bytes"].to_pylist(), [captions[i] for i in ids], model, preprocess, tokenizer, batch_size,
+        ids, shown["bytes"].to_pylist(), captions, model, preprocess, tokenizer, batch_size,
         common.progress("embeddings"),
     )  # fmt: skip
     made = common.made_by(
@@ -159,18 +181,50 @@ def dedup(metadata: Any, images: Any, embeddings: Any, neighbours: Any, output: 
 
     _refuse_strangers(neighbours, embeddings)
     near = search.merge((tables.read(path, "neighbours") for path in neighbours), 1) if neighbours else None
-    vectors = tables.read(embeddings, "embeddings")
-    ids = vectors["sample_id"].to_pylist()
+    ids, vectors = _image_vectors(embeddings)
     about = _by_id(tables.read(metadata, "metadata", columns=("sample_id", "pool", "caption")), ids)
     hashes = _by_id(tables.read(images, "images", columns=("sample_id", "phash")), ids)
     samples = stage.Sample(
         np.array(ids, dtype=object), np.array(about["pool"].to_list(), dtype=object),
-        np.array(about["caption"].to_list(), dtype=object), tables.vectors(vectors["image"], np.float16),
-        hashes["phash"].to_numpy(),
+        np.array(about["caption"].to_list(), dtype=object), vectors, hashes["phash"].to_numpy(),
     )  # fmt: skip
     inputs = [metadata, *images, *embeddings, *neighbours]
     made = common.made_by("dedup", options, None, inputs, libraries=("scipy",))
     tables.write(output, stage.deduplicate(samples, options, near), "duplicates", made)
+
+
+def _image_vectors(paths: tuple[pathlib.Path, ...]) -> tuple[list[str], np.ndarray]:
+    """Sample ids in order and image embeddings, float16[n, width]; in memory once, where the shards are in order.
+
+    Raises:
+        UserError: shards of two widths, or a sample that stands twice.
+    """
+    rows = [_rows_in(path) for path in paths]
+    ids, vectors = list[str](), np.empty((0, 0), np.float16)
+    for path, expected in zip(paths, rows, strict=True):
+        shard = tables.read(path, "embeddings", columns=("sample_id", "image"))
+        block = tables.vectors(shard["image"], np.float16)
+        if not ids:
+            vectors = np.empty((sum(rows), block.shape[1]), np.float16)
+        if block.shape != (expected, vectors.shape[1]):
+            raise UserError(f"embeddings are {block.shape[1]} wide, others {vectors.shape[1]}", path, "use one encoder")
+        vectors[len(ids) : len(ids) + expected] = block
+        ids += shard["sample_id"].to_pylist()
+    order = np.argsort(np.array(ids, dtype=object), kind="stable")
+    ids = [ids[i] for i in order]
+    twice = next((one for one, other in itertools.pairwise(ids) if one == other), None)
+    if twice:
+        raise UserError("embeddings table has two rows with one key", twice, "give every shard once")
+    return ids, vectors if (order == np.arange(len(order))).all() else vectors[order]
+
+
+def _rows_in(path: pathlib.Path) -> int:
+    """The number of rows of a shard of embeddings, from its footer."""
+    with tables.parquet(path, "embeddings") as file:
+        kind = file.schema_arrow.field("image").type if "image" in file.schema_arrow.names else None
+        if kind is not None and not pa.types.is_fixed_size_list(kind):
+            raise UserError(f"embeddings column 'image' is {kind}", path, "make it anew")
+        return file.metadata.num_rows
 
 
 def _refuse_strangers(neighbours: tuple[pathlib.Path, ...], embeddings: tuple[pathlib.Path, ...]) -> None:
@@ -202,7 +256,7 @@ def distance(dataset: Any, embeddings: Any, seed: int, output: Any, options: Any
     from mia import distance as stage
 
     rows = tables.read(dataset, "dataset")
-    vectors = common.matching(tables.read(embeddings, "embeddings"), rows)
+    vectors = common.embeddings_of(embeddings, rows)
     spaces = {space: tables.vectors(vectors[space]) for space in ("image", "text")}
     member, group = rows["member"].to_numpy(zero_copy_only=False), np.array(rows["group"].to_pylist())
     found = stage.distances(spaces, member, seed, options.permutations, group)

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import pathlib
 from typing import Any
 
 import click
 import pyarrow.compute as pc
 
-from mia import settings, tables
+from mia import tables
 from mia.cli import common
 from mia.cli.common import batch_option, device_option, one, seed_option, stage_options
 from mia.errors import UserError
-
-
-def _hold(folder: pathlib.Path, about: dict, what: str, parts: tuple[str, ...]) -> None:
-    """Refuse a model folder whose parts are not those that the manifest was made from."""
-    from mia import models
-
-    found = models.part_hash(folder, *parts)
-    if found != about[what]:
-        raise UserError(f"{what} is {found}, the manifest says {about[what]}", folder, "run `mia target` again")
 
 
 @click.command()
@@ -38,26 +28,23 @@ def latents(
     """Encode a shard's images and captions once."""
     import torch
 
+    from mia import families, models
     from mia import latents as stage
-    from mia import models
 
-    folder, about = common.target_folder(target)
-    _hold(folder, about, "encoders", models.ENCODERS)
+    about = common.manifest(target)
+    model = families.of_manifest(about)
+    model.hold(about, "encoders")
     on = models.device(device)
-    autoencoder = models.vae(folder, on, torch.float32)
-    tokenize, text = models.tokenizer(folder), models.text_encoder(folder, on, torch.float32)
+    autoencoder, captions = model.autoencoder(on, torch.float32), model.captions(on)
     rows = tables.read(selection, "selection")
     here = tables.read(images, "images", columns=("sample_id",))["sample_id"]
     rows = rows.filter(pc.is_in(rows["sample_id"], here.combine_chunks()))
     data = common.image_bytes([images], rows["sample_id"].to_pylist())
-    side = stage.side_px(models.part_config(folder, "unet")["sample_size"], autoencoder)
-    found, texts = stage.encode(
-        rows, data, autoencoder, tokenize, text, side, batch_size, progress=common.progress("latents")
-    )
+    found, texts, enlarged = stage.encode(rows, data, autoencoder, captions, batch_size, common.progress("latents"))
     made = common.made_by(
         "latents", options, None, [selection, images], encoders=about["encoders"], device=device, dtype="float32",
-        side_px=side, text_width=models.part_config(folder, "text_encoder")["hidden_size"],
-        truncated_captions=int((texts["n_tokens"].to_numpy() > tokenize.model_max_length).sum()),
+        side_px=autoencoder.side_px, latent_shape=list(autoencoder.latent_shape), text_width=captions.width,
+        truncated_captions=int((texts["n_tokens"].to_numpy() > captions.limit).sum()), enlarged_images=enlarged,
         libraries=models.LIBRARIES,
     )  # fmt: skip
     tables.write(texts_output, texts, "texts", made)
@@ -67,70 +54,41 @@ def latents(
 @click.command()
 @one("--latents", "One shard of the latents table.")
 @one("--texts", "The same shard's text states.")
-@one("--images", "The same shard's images, for pixel error.")
+@one("--images", "The same shard's images, for pixel error and crops.")
+@one("--selection", "The samples' captions, for `prompts`, `generations` and `variations`.", required=False)
 @one("--target", "The target's manifest.")
-@click.option("--block", required=True, help="`noised`, or `setting-NN` for a trajectory.")
+@click.option("--block", required=True, help="One of the jobs that `mia plan` names, such as `noised` or `start-300`.")
+@click.option("--encoder", default="", help="The open_clip model that compares generations.")
 @seed_option
-@device_option
+@click.option("--device", default="cpu", help="Torch device, or several between commas; never falls back in silence.")
 @batch_option
+@click.option("--compile/--no-compile", "compiled", default=False, help="Compile the denoiser; minutes at the start.")
 @one("--output", "The features table of this block and shard.")
 @stage_options("features")
 def features(
-    latents: Any, texts: Any, images: Any, target: Any, block: str, seed: int, device: str, batch_size: int,
-    output: Any, options: Any,
+    latents: Any, texts: Any, images: Any, selection: Any, target: Any, block: str, encoder: str, seed: int,
+    device: str, batch_size: int, compiled: bool, output: Any, options: Any,
 ) -> None:  # fmt: skip
-    """Read losses and statistics off the model at every timestep of one block of settings."""
-    from mia import features as stage
-    from mia import models
+    """Read losses and statistics off the model at every timestep of one block of settings and probes."""
+    from mia import models, walks
+    from mia.cli.reading import CAPTIONED, Shard, read
 
-    _check_options(options, block)
-    folder, about = common.target_folder(target)
-    _hold(folder, about, "unet", ("unet",))
-    made_of = tables.provenance(latents)
-    if made_of.get("encoders") != about["encoders"]:
+    about = common.manifest(target)
+    jobs = walks.jobs(options)
+    if block not in jobs:
+        raise UserError(
+            f"no setting or probe asked for is read in block '{block}'", "--block", f"use {', '.join(jobs)}"
+        )
+    if tables.provenance(latents).get("encoders") != about["encoders"]:
         raise UserError("latents were made by another model's encoders", latents, "make them with this target's")
-    on, dtype = models.device(device), models.torch_dtype(options.dtype)
-    unet, schedule = models.unet(folder, on, dtype), models.schedule(folder)
-    autoencoder = models.vae(folder, on, dtype)
-    samples = _samples(latents, texts, images, made_of, autoencoder, options)
-    engine = stage.Engine(unet, autoencoder, schedule, samples, options, seed)
-    found = stage.extract(engine, block, options.settings, batch_size, common.progress(f"features {block}"))
-    wanted = stage.plan(block, options.settings, options, len(samples.ids))
-    if engine.counts != wanted:
-        raise AssertionError(f"planned {wanted}, did {engine.counts}")
+    if block in CAPTIONED and selection is None:
+        raise UserError(f"block '{block}' needs the captions", "--selection", "give the selection table")
+    shard = Shard(latents, texts, images, selection, about, block, jobs[block], seed, encoder)
+    found, counts, shape = read(shard, device.split(","), batch_size, compiled, common.progress(f"features {block}"))
+    inputs = [latents, texts, images, *([selection] if block in CAPTIONED else [])]
     made = common.made_by(
-        "features", options, seed, [latents, texts, images], unet=about["unet"], encoders=about["encoders"],
-        block=block, device=device,
-        unet_rows=engine.counts.unet_rows, decodes=engine.counts.decodes, libraries=models.LIBRARIES,
+        "features", jobs[block], seed, inputs, unet=about["unet"], encoders=about["encoders"], block=block,
+        device=device.split(",")[0].split(":")[0], latent_shape=shape, unet_rows=counts.unet_rows,
+        decodes=counts.decodes, libraries=models.LIBRARIES,
     )  # fmt: skip
     tables.write(output, found, "features", made)
-
-
-def _check_options(options: Any, block: str) -> None:
-    for name, chosen, known in (
-        ("losses", options.losses, settings.LOSSES), ("timesteps", (options.timesteps,), settings.VARIANTS),
-        ("block", (block,), settings.blocks(options.settings)),
-        ("dtype", (options.dtype,), ("float64", "float32", "bfloat16", "float16")),
-    ):  # fmt: skip
-        wrong = [value for value in chosen if value not in known]
-        if wrong:
-            raise UserError(f"unknown {name} '{wrong[0]}'", f"--{name}", f"use {', '.join(known)}")
-
-
-def _samples(latents: Any, texts: Any, images: Any, made_of: dict, autoencoder: Any, options: Any) -> Any:
-    """One shard ready for the engine; pixels only when pixel error asks for them."""
-    import torch
-
-    from mia import features as stage
-    from mia import latents as encoding
-
-    rows, known = tables.read(latents, "latents"), tables.read(texts, "texts")
-    ids = rows["sample_id"].to_pylist()
-    z0 = encoding.latent_tensor(rows, autoencoder)
-    states, caption = encoding.state_tensor(rows, known, made_of["text_width"])
-    pixels = None
-    if "pixel_error" in options.losses:
-        data = common.image_bytes([images], ids)
-        squares = encoding.squares(data, ids, made_of["side_px"])
-        pixels = torch.from_numpy(squares).permute(0, 3, 1, 2).float()
-    return stage.Samples(ids, z0, states, caption, pixels)

@@ -8,7 +8,9 @@ import click
 import yaml
 
 from mia import config
-from mia.cli.common import PATH
+from mia.cli.common import PATH, say
+
+HUB = "https://huggingface.co"
 
 
 @click.command("list-settings")
@@ -26,11 +28,21 @@ def list_settings(timesteps: str) -> None:
 
 @click.command("list-attacks")
 def list_attacks() -> None:
-    """The attacks, one a line."""
-    from mia.scores import ATTACKS
+    """The attacks, one a line, with what each needs and costs for one image at the defaults; -: as the settings say."""
+    from mia.attacks import REGISTRY
 
-    for name in ATTACKS:
-        click.echo(name)
+    head = ("name", "access", "probes", "rows", "decodes", "encodes", "backwards", "labels", "paper", "summary")
+    lines = [head]
+    for a in REGISTRY.values():
+        counts = ("-" if count is None else str(count) for count in (a.unet_rows, a.decodes, a.encodes, a.backwards))
+        name = f"{a.name}[_null]" if a.paired else a.name
+        lines.append(
+            (name, a.access, ",".join(a.probes), *counts, "yes" if a.labels else "no", a.paper, a.summary)  # type: ignore[arg-type]
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        aligned = (w.rjust(n) if 3 <= i <= 6 else w.ljust(n) for i, (w, n) in enumerate(zip(line, widths, strict=True)))
+        click.echo("  ".join(aligned).rstrip())
 
 
 @click.command("show-config")
@@ -44,5 +56,32 @@ def show_config(path: Any) -> None:
 @click.option("--config", "path", type=PATH, default="config.yaml", help="The configuration.")
 def validate_config(path: Any) -> None:
     """Check a configuration against the schema."""
-    config.load(path)
+    for file in config.unpinned(config.load(path)):
+        repo = file.removeprefix("hf://").split("@")[0]
+        say(f"{path}: a commit is to be filled in, and a run will stop at it: {file}; see {HUB}/{repo}/commits/main")
     click.echo(f"{path}: valid")
+
+
+@click.command("plan")
+@click.option("--settings", "wanted", default="all", help="`all`, `none`, or settings by number, name or key.")
+@click.option("--losses", default="all", help="`all`, or some of model_loss, latent_error, pixel_error.")
+@click.option("--attacks", default="none", help="`all`, `none`, or attacks by name (`mia list-attacks`).")
+@click.option("--draws", type=click.IntRange(1), default=5, help="Noises for each image.")
+@click.option("--images", type=click.IntRange(1), default=10_000, help="Members and non-members together.")
+@click.option("--tflops", type=click.FloatRange(0, min_open=True), default=790.0, help="The device's rate, TFLOP/s.")
+def plan(wanted: str, losses: str, attacks: str, draws: int, images: int, tflops: float) -> None:
+    """Count the work of a study on Stable Diffusion 1.x before it is done; loads no model."""
+    from mia import attacks as registry
+    from mia import plan as stage
+    from mia import settings, walks
+    from mia.cli import passes
+    from mia.config import FeaturesOptions
+
+    numbers = settings.named(wanted)
+    chosen = settings.LOSSES if losses == "all" else tuple(losses.split(","))
+    config.refuse_out_of_range("features", {"losses": chosen})
+    probes = tuple(name for name in registry.probes(registry.named(attacks)) if name != "settings")
+    options = FeaturesOptions(settings=numbers, probes=probes, losses=chosen, draws=draws)
+    work = passes.planned(options) if set(probes) & set(walks.PASSES) else ()
+    for line in stage.shown(stage.plan(options, *work), images, tflops):
+        click.echo(line)

@@ -80,7 +80,7 @@ def _results(folder: pathlib.Path, targets: dict[str, dict[str, Any]], planted: 
     files = {s: folder / "dataset" / f"{s}.parquet" for s in SPLITS} | {
         "attacked": folder / "attacked/sanitized.parquet"
     }
-    datasets = {s: frame(path, "dataset", ("sample_id", "member", "part")) for s, path in files.items()}
+    datasets = {s: frame(path, "dataset", ("sample_id", "member", "part", "group")) for s, path in files.items()}
     ids, vectors = _vectors(folder / "embeddings", pl.concat(datasets.values())["sample_id"].unique())
     near = ("sample_id", "pool", "nearest_id", "distance", "method", "reason")
     duplicates = tables.read(folder / "duplicates.parquet", "duplicates", near)

@@ -14,6 +14,11 @@ from mia.cli import common
 from mia.cli.common import PATH, column_names, stage_options, write_dropped
 from mia.errors import UserError
 
+FILTERED = {
+    "min_aesthetic": ["aesthetic"], "min_similarity": ["similarity"], "max_punsafe": ["punsafe"],
+    "max_pwatermark": ["pwatermark"], "min_side_px": ["width", "height"], "max_aspect_ratio": ["width", "height"],
+}  # fmt: skip
+
 
 @click.command()
 @click.option("--source", required=True, help="A local file, or hf://datasets/OWNER/NAME@COMMIT/FILE.")
@@ -23,7 +28,7 @@ from mia.errors import UserError
 @click.option("--pool", type=click.Choice(tables.POOLS), default="candidate", help="Named in the counts only.")
 @click.option("--output", type=PATH, help="Parquet with the selected rows; without it rows are only counted.")
 @click.option("--dropped-output", type=PATH, help="Counts of rows dropped, by reason.")
-@stage_options("selection")
+@stage_options("select")
 def select(source: str, columns: Any, pool: str, output: Any, dropped_output: Any, options: Any) -> None:
     """Select rows of one source file: cheap filters, language, a random cap; or count them."""
     from mia import selection as stage
@@ -33,25 +38,35 @@ def select(source: str, columns: Any, pool: str, output: Any, dropped_output: An
         raise UserError("nothing is dropped where rows are only counted", "--dropped-output", "give --output too")
     if output is not None and output.is_dir():
         raise UserError("output is a folder", output, "name a file")
-    if options.max_rows < 0:
-        raise UserError(f"max_rows is {options.max_rows}", "--max-rows", "give 0 for all, or a number of rows")
     mapping = column_names(columns)
     if options.languages and "language" not in mapping:
         options = dataclasses.replace(options, detect_language=True)  # else every row would lack it, and pass
+    _warn_of_blind_filters(source, options, mapping)
     path = sources.fetch(source)
     with sources.reading(source):
         rows = sources.named(sources.scan(path), mapping, source)
         if output is None:
             counts = stage.count(rows, options)
         else:
-            about = {"columns": mapping} | ({"source": source} if source.startswith(sources.HUB) else {})
-            made = common.made_by("select", options, None, [path], libraries=("polars", "eldc"), **about)
+            name = source if source.startswith(sources.HUB) else path.stem
+            libraries = ("polars", "eldc")
+            made = common.made_by("select", options, None, [path], libraries=libraries, columns=mapping, source=name)
             counts = _write(stage, rows, output, options, made)
     kept, total = counts.pop(""), sum(counts.values())
     if output is not None and dropped_output is not None:
         write_dropped(dropped_output, [("select", r, pool, n) for r, n in counts.items()], made, kept + total, kept)
     lost = "".join(f", {reason} {rows:,}" for reason, rows in counts.items())
     common.say(f"{path.name}: {kept + total:,} rows, {kept:,} stay{lost}")
+
+
+def _warn_of_blind_filters(source: str, options: Any, mapping: dict[str, str]) -> None:
+    """A row that lacks a value passes, so a filter on a column that no one named would do nothing, in silence."""
+    plain = type(options)()
+    for option, columns in FILTERED.items():
+        absent = [column for column in columns if column not in mapping]
+        if absent and getattr(options, option) != getattr(plain, option):
+            what = "holds nothing back" if absent == columns else "may hold less back"
+            common.say(f"{source}: no column is named for '{absent[0]}', so {option} {what}")
 
 
 def _write(stage: Any, rows: Any, output: pathlib.Path, options: Any, made: dict) -> dict[str, int]:

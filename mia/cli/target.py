@@ -33,26 +33,26 @@ def train(
     """Train the example's UNet on one pool and keep checkpoints; text encoder and VAE stay as they are."""
     import torch
 
-    from mia import latents, models, toy
+    from mia import captions as texting
+    from mia import latents, models, networks, toy
     from mia import train as stage
 
     on, dtype = models.device("cpu"), torch.float32
     ids, captions = _training_set(metadata, images, duplicates, options)
     clip, _, _, _ = models.encoder(text_tower, on)
-    autoencoder = models.vae(vae.parent, on, dtype, vae.name)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     work = pathlib.Path(tempfile.mkdtemp(dir=output_dir.parent, prefix=f".{output_dir.name}."))
     try:
         toy.write_tokenizer(work / "tokenizer")
         text, schedule = toy.clip_text_model(clip), toy.schedule()
         selection = pa.table({"sample_id": ids, "caption": captions})
-        found, texts = latents.encode(
-            selection, common.image_bytes(images, ids), autoencoder, models.tokenizer(work), text,
-            models.part_config(vae.parent, vae.name)["sample_size"], 64,
-        )  # fmt: skip
-        z0 = latents.latent_tensor(found, autoencoder)
-        states, caption = latents.state_tensor(found, texts, text.config.hidden_size)
-        states = torch.cat([states[caption], states[-1:]])
+        coder = networks.Autoencoder.of(models.vae(vae.parent, on, dtype, vae.name))
+        found, texts, _ = latents.encode(
+            selection, common.image_bytes(images, ids), coder, texting.ClipText(models.tokenizer(work), text), 64
+        )
+        z0 = coder.scaled(latents.posterior(found, coder.latent_shape)[0])
+        condition, caption = latents.conditions(found, texts, text.config.hidden_size)
+        states = torch.cat([condition["states"][caption], condition["states"][-1:]])
         unet = stage.new_unet(z0.shape[1], z0.shape[2], text.config.hidden_size, options, seed)
         for step, trained in stage.train(unet, z0, states, schedule, options, seed, common.progress("train")):
             toy.write_pipeline(work / f"step-{step:05d}", clip, vae, trained)
@@ -86,17 +86,17 @@ def _training_set(metadata: Any, images: Any, duplicates: Any, options: Any) -> 
 @click.command()
 @click.option("--source", required=True, help="A diffusers folder or a hub name.")
 @click.option("--revision", default="", help="The hub's revision; empty takes its newest and records which.")
-@one("--output", "The target's manifest: source, revision, weight hash, schedule check.")
-def target(source: str, revision: str, output: Any) -> None:
+@click.option("--unet", default="", help="A fine-tuned denoiser in the base's place: folder, or hub NAME[@REVISION].")
+@click.option("--lora", default="", help="A LoRA upon the base: a safetensors file, or hub NAME[@REVISION].")
+@one("--output", "The target's manifest: source, revision, family, weight hashes, schedule check.")
+def target(source: str, revision: str, unet: str, lora: str, output: Any) -> None:
     """Fetch a model, check that its parts fit together, and write down exactly which one it is."""
-    from mia import models
+    from mia import families, models
 
-    folder = models.locate(source, revision)
-    schedule = models.schedule(folder)
-    resolved = revision or (folder.name if folder.parent.name == "snapshots" else "")
+    model = families.find(source, revision, unet, lora)
+    resolved = revision or (model.folder.name if model.folder.parent.name == "snapshots" else "")
     common.write_json(output, {
-        "source": source, "revision": resolved, "unet": models.part_hash(folder, "unet"),
-        "encoders": models.part_hash(folder, *models.ENCODERS),
-        "alpha_bar_300": round(float(schedule.at(300)), 6), "train_steps": len(schedule.alpha_bar),
+        "source": source, "revision": resolved, **model.hashes(), **model.card(),
+        **({"finetuned": unet} if unet else {}), **({"lora": lora} if lora else {}),
         "libraries": tables.library_versions(models.LIBRARIES),
     })  # fmt: skip

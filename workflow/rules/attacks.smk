@@ -21,7 +21,7 @@ rule scores:
         features=lambda wildcards, input: repeated("--features", input.features),
     shell:
         "OMP_NUM_THREADS=1 python -m mia scores {params.features} --dataset {input.dataset}"
-        " --settings {params.settings} {params.options} --seed {params.seed} --workers {threads} --output {output} 2>&1 | tee {log}"
+        " --settings={params.settings:q} {params.options} --seed {params.seed} --workers {threads} --output {output} 2>&1 | tee {log}"
 
 
 rule evaluation:

@@ -1,11 +1,12 @@
 """Constants, wildcard constraints and input functions; no rules."""
 
+import dataclasses
 import pathlib
 import shlex
 import sys
 
-from mia import settings
-from mia.config import STAGES, UNTUNED, checked, flags
+from mia import attacks, walks
+from mia.config import STAGES, UNTUNED, FeaturesOptions, checked, flags, sources
 from mia.errors import UserError
 
 try:
@@ -24,8 +25,10 @@ SEED = config["seed"]
 SHARDS = range(config["shards"])
 EXECUTION = config["execution"]
 CUDA = EXECUTION["device"].startswith("cuda")
+GPUS = len(EXECUTION["device"].split(",")) if CUDA else 0
 CPU_ENV = "../../envs/cpu.yaml"
 MODEL_ENV = "../../envs/gpu.yaml" if CUDA else CPU_ENV
+SOURCES = sources(config)
 SPLIT = "sanitized"
 ATTACKED = f"{RESULTS}/attacked/{SPLIT}.parquet"
 MODELS = config.get("train", {}).get("models", {})
@@ -39,10 +42,12 @@ COMPARED = [name for name, target in TARGETS.items() if target["role"] != "check
 
 wildcard_constraints:
     shard=r"\d+",
+    pool="|".join(SOURCES),
+    number=r"\d+",
     split="sanitized|unsanitized|attacked",
     model="|".join(MODELS) or "none",
     target="|".join(TARGETS),
-    block=r"noised|setting-\d\d",
+    block=r"noised|clean|prompts|crops|gradients|generations|variations|start-[\d.a-z-]+",
 
 
 def version(stage):
@@ -51,6 +56,31 @@ def version(stage):
 
 def all_shards(pattern):
     return [f"{RESULTS}/{pattern}".format(shard=shard) for shard in SHARDS]
+
+
+def source_of(wildcards):
+    """The source, `file` and `columns`, that a job of `select` reads."""
+    return SOURCES[wildcards.pool][int(wildcards.number)]
+
+
+def local_source_of(wildcards):
+    """A local source is an input. One on the hub is not: its commit, a parameter, pins it, and the job fetches it."""
+    file = source_of(wildcards)["file"]
+    return [] if file.startswith("hf:") else [file]
+
+
+def pool_files(pool, pattern="selected/{pool}/{number}.parquet"):
+    """What `metadata` reads of a pool: what `select` made of its sources, or without that section these themselves."""
+    given = SOURCES.get(pool, [])
+    if "select" not in config:
+        return (
+            [source["file"] for source in given]
+            if pattern.startswith("selected")
+            else []
+        )
+    return [
+        f"{RESULTS}/{pattern}".format(pool=pool, number=n) for n in range(len(given))
+    ]
 
 
 def earlier_images(wildcards):
@@ -96,18 +126,33 @@ def audited(wildcards):
     )
 
 
-def settings_of(target, block=None):
-    """A target's settings; with `block`, only those that the block serves, so that adding another reruns nothing."""
-    numbers = TARGETS[target].get("settings", config["features"]["settings"])
-    return [
-        n
-        for n in numbers
-        if block is None or settings.block_of(settings.setting(n)) == block
-    ]
+def settings_of(target):
+    return TARGETS[target].get("settings", config["features"]["settings"])
 
 
-def blocks_of(target):
-    return settings.blocks(settings_of(target))
+def jobs_of(target):
+    """Block -> its options: what the target's settings and attacks need, so that adding one reruns no other block."""
+    section = config["features"] | TARGETS[target]
+    wanted = config["scores"] | TARGETS[target]
+    probes = [p for p in attacks.probes(wanted["attacks"]) if p != "settings"]
+    fields = {f.name for f in dataclasses.fields(FeaturesOptions)}
+    options = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in section.items()
+        if name in fields
+    }
+    more = section.get("probes", [])
+    return walks.jobs(
+        FeaturesOptions(
+            **options | {"probes": tuple(dict.fromkeys([*probes, *more]))}
+        )
+    )
+
+
+def captions_of(wildcards):
+    """The captions, where a block puts them through the text encoder anew."""
+    captioned = wildcards.block in ("prompts", "generations", "variations")
+    return [f"{RESULTS}/attacked/{SPLIT}.selection.parquet"] if captioned else []
 
 
 def options_of(stage, target, **more):
@@ -120,16 +165,19 @@ def encoders_of(target):
 
 
 def trained_folder(wildcards):
-    """What a target waits for: the folder the training rule makes, when its source lies in it, else nothing."""
-    source = pathlib.PurePath(TARGETS[wildcards.target]["source"])
+    """What a target waits for: the folders the training rule makes in which its source, unet or lora lies, if any."""
+    target = TARGETS[wildcards.target]
+    places = [
+        pathlib.PurePath(target.get(key, "")) for key in ("source", "unet", "lora")
+    ]
     folders = [f"{RESULTS}/models/{model}" for model in MODELS]
-    return [folder for folder in folders if source.is_relative_to(folder)]
+    return [f for f in folders if any(place.is_relative_to(f) for place in places)]
 
 
 def features_of(wildcards):
     return [
         f"{RESULTS}/features/{wildcards.target}/{block}/{shard}.parquet"
-        for block in blocks_of(wildcards.target)
+        for block in jobs_of(wildcards.target)
         for shard in SHARDS
     ]
 
@@ -137,6 +185,12 @@ def features_of(wildcards):
 def repeated(flag, values):
     """The flag once for each value, quoted for the shell."""
     return " ".join(f"{flag} {shlex.quote(str(value))}" for value in values)
+
+
+def column_flags(columns):
+    return repeated(
+        "--column", [f"{ours}={theirs}" for ours, theirs in columns.items()]
+    )
 
 
 def listed(values):

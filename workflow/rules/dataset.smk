@@ -1,8 +1,39 @@
+rule select:
+    input:
+        local_source_of,
+    output:
+        table=f"{RESULTS}/selected/{{pool}}/{{number}}.parquet",
+        dropped=f"{RESULTS}/dropped/select/{{pool}}/{{number}}.parquet",
+    log:
+        f"{LOGS}/select/{{pool}}/{{number}}.log",
+    benchmark:
+        f"{LOGS}/select/{{pool}}/{{number}}.tsv"
+    retries: 2
+    conda:
+        CPU_ENV
+    resources:
+        mem_mb=1000,
+        runtime=240,
+    params:
+        version=version("select"),
+        options=flags("select", config.get("select", {})),
+        source=lambda wildcards: source_of(wildcards)["file"],
+        columns=lambda wildcards: column_flags(source_of(wildcards)["columns"]),
+    shell:
+        "python -m mia select --source {params.source:q} {params.columns} {params.options} --pool {wildcards.pool}"
+        " --output {output.table} --dropped-output {output.dropped} 2>&1 | tee {log}"
+
+
 rule metadata:
     input:
-        member=config["metadata"]["sources"]["member"],
-        candidate=config["metadata"]["sources"]["candidate"],
-        control=config["metadata"]["sources"].get("control", []),
+        member=pool_files("member"),
+        candidate=pool_files("candidate"),
+        control=pool_files("control"),
+        dropped=[
+            path
+            for pool in SOURCES
+            for path in pool_files(pool, "dropped/select/{pool}/{number}.parquet")
+        ],
     output:
         table=f"{RESULTS}/metadata.parquet",
         dropped=f"{RESULTS}/dropped/metadata.parquet",
@@ -13,22 +44,16 @@ rule metadata:
     conda:
         CPU_ENV
     resources:
-        mem_mb=1000,
+        mem_mb=lambda wildcards, input: max(1000, 20 * input.size_mb),
         runtime=60,
     params:
         version=version("metadata"),
         options=flags("metadata", config["metadata"]),
         sources=lambda wildcards, input: " ".join(
-            repeated(f"--{pool}", getattr(input, pool))
-            for pool in ("member", "candidate", "control")
+            repeated(f"--{flag}", getattr(input, flag))
+            for flag in ("member", "candidate", "control", "dropped")
         ),
-        columns=repeated(
-            "--column",
-            [
-                f"{ours}={theirs}"
-                for ours, theirs in config["metadata"]["columns"].items()
-            ],
-        ),
+        columns=column_flags(config["metadata"]["columns"]),
     shell:
         "python -m mia metadata {params.sources} {params.columns} {params.options}"
         " --output {output.table} --dropped-output {output.dropped} 2>&1 | tee {log}"
@@ -132,7 +157,7 @@ rule embeddings:
         runtime=240,
         gpu=int(CUDA),
         batch_size=EXECUTION["batch_size"],
-        device=EXECUTION["device"],
+        device=EXECUTION["device"].split(",")[0],
     params:
         version=version("embeddings"),
         options=flags("embeddings", config["embeddings"]),
@@ -225,7 +250,7 @@ rule sanitize:
         mem_mb=4000,
         runtime=720,
         batch_size=EXECUTION["batch_size"],
-        device=EXECUTION["device"],
+        device=EXECUTION["device"].split(",")[0],
     params:
         version=version("sanitize"),
         seed=SEED,

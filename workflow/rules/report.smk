@@ -1,9 +1,10 @@
 import json
 
-REPORT_VERSION = 3  # raise it when the report changes for the same tables
+REPORT_VERSION = 4  # raise it when the report changes for the same tables
 REPORT_FIGURES = {
     "roc": "Attacks",
     "controls": "Attacks",
+    "costs": "Attacks",
     "tpr_by_timestep": "Attacks",
     "tpr_by_step": "Attacks",
     "frechet": "Dataset",
@@ -12,6 +13,7 @@ REPORT_FIGURES = {
 }
 REPORT_TABLES = {
     "attacks": "Attacks",
+    "lineup": "Attacks",
     "comparison": "Attacks",
     "protocols": "Attacks",
     "all_metrics": "Attacks",
@@ -63,7 +65,7 @@ rule report:
         targets=expand(f"{RESULTS}/targets/{{target}}.json", target=TARGETS),
         features=expand(
             f"{RESULTS}/features/{MAIN}/{{block}}/{SHARDS[0]}.parquet",
-            block=blocks_of(MAIN),
+            block=jobs_of(MAIN),
         ),
         dataset=expand(
             f"{RESULTS}/dataset/{{split}}.parquet", split=["sanitized", "unsanitized"]

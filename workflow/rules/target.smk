@@ -46,5 +46,8 @@ rule target:
         version=version("target"),
         source=lambda wildcards: TARGETS[wildcards.target]["source"],
         revision=lambda wildcards: TARGETS[wildcards.target].get("revision", ""),
+        unet=lambda wildcards: TARGETS[wildcards.target].get("unet", ""),
+        lora=lambda wildcards: TARGETS[wildcards.target].get("lora", ""),
     shell:
-        "python -m mia target --source {params.source:q} --revision={params.revision:q} --output {output} 2>&1 | tee {log}"
+        "python -m mia target --source {params.source:q} --revision={params.revision:q} --unet={params.unet:q}"
+        " --lora={params.lora:q} --output {output} 2>&1 | tee {log}"

@@ -1,0 +1,265 @@
+"""The attacks: what each needs, what it costs, and the module that turns stored features into scores.
+
+Grey-box attacks that read a caption run twice: under the caption as `<name>`, under the empty prompt as `<name>_null`.
+The two are separate attacks in the scores, so that choosing a variant never mixes them; `pairs` and `caption_driven`
+put them side by side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mia.attacks.calibration import Calibration
+    from mia.attacks.evidence import Evidence
+
+ACCESS = ("black", "grey", "white")
+TWIN = "_null"
+# Probe -> the blocks it makes; `*` stands for any ending.
+PROBES: dict[str, tuple[str, ...]] = {
+    "clean": ("clean",), "pia": ("pia", "pia-null"), "pian": ("pian", "pian-null"), "secmi": ("secmi", "secmi-null"),
+    "noised": ("noised",), "prompts": ("prompt-*",), "stepback": ("stepback", "stepback-null"),
+    "aggregation": ("aggregation", "aggregation-null"),
+    "crops": ("crop-*",), "gsa": ("gsa1", "gsa2"), "gradient_masking": ("gradient-masking",),
+    "noise_optimisation": ("noise-optimisation",), "generations": ("generations",), "variations": ("variations",),
+    "settings": ("setting-*",),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Attack:
+    """One attack; costs are for one image at the defaults (5 draws on the noised grid), its twin included.
+
+    Attributes:
+        name: As asked for, and as it stands in the scores.
+        access: One of `ACCESS`.
+        probes: What must be extracted, names of `PROBES`.
+        unet_rows: Rows through the UNet that its scores rest on, were it run alone; None: as the settings say.
+        decodes: VAE decodes; None: as the settings and losses say.
+        encodes: VAE encodes.
+        backwards: Backward passes through the UNet.
+        labels: Whether labelled samples are needed.
+        paper: Where it is from.
+        summary: What it measures.
+        module: In `mia.attacks`; empty where `mia.scores` computes it from the settings' losses.
+        options: What differs from the module's defaults.
+        paired: Whether it runs under the empty prompt, too.
+    """
+
+    name: str
+    access: str
+    probes: tuple[str, ...]
+    unet_rows: int | None
+    paper: str
+    summary: str
+    module: str = ""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    labels: bool = False
+    paired: bool = False
+    decodes: int | None = 0
+    encodes: int = 1
+    backwards: int = 0
+
+
+TENS = tuple(range(1, 1000, 100))
+NOISED = ("noised",)
+CDI, COPYMARK = "arXiv 2411.12858 (CDI)", "arXiv 2410.03640 (CopyMark)"
+PFAMI, CLID, SETTINGS = "arXiv 2308.12143", "arXiv 2405.14800", "arXiv 2306.12983"
+
+
+def _setting(name: str, summary: str, labels: bool = True) -> Attack:
+    return Attack(name, "grey", ("settings",), None, SETTINGS, summary, labels=labels, decodes=None)
+
+
+def _pfami(name: str, summary: str, **options: Any) -> Attack:
+    # 4 timesteps, original and one crop, caption and empty prompt.
+    probes = ("noised", "crops")
+    return Attack(name, "grey", probes, 16, PFAMI, summary, "pfami", options, paired=True, encodes=2)
+
+
+def _clid(name: str, rows: int, probes: tuple[str, ...], summary: str, **options: Any) -> Attack:
+    return Attack(name, "grey", probes, rows, CLID, summary, "clid", {"name": name, **options}, labels=True)
+
+
+def _fsca(name: str, part: str, summary: str) -> Attack:
+    # 64 images of 50 guided steps; cos(text, x) needs none of them.
+    rows, decodes = (0, 0) if part == "pair" else (6400, 64)
+    options = {"name": name, "part": part}
+    return Attack(
+        name, "black", ("generations",), rows, "arXiv 2506.11434", summary, "fsca", options, labels=True,
+        decodes=decodes, encodes=0,
+    )  # fmt: skip
+
+
+REGISTRY: dict[str, Attack] = {
+    attack.name: attack
+    for attack in (
+        _setting("loss_threshold", "each loss of each setting by threshold", labels=False),
+        _setting("logistic_regression", "logistic regression on all losses"),
+        _setting("decision_tree", "a tree on all losses"),
+        _setting("random_forest", "a forest on all losses"),
+        _setting("neural_net", "a perceptron on all losses"),
+        _setting("boosting", "boosted trees on all losses"),
+        Attack("loss", "grey", NOISED, 150, "arXiv 2301.13188", "denoising loss at each timestep", "loss",
+               {"mean_over": TENS}, paired=True),
+        Attack("denoising_loss", "grey", NOISED, 10, CDI, "L2 norm at t = 101, mean over draws", "loss",
+               {"statistic": "l2", "timesteps": (101,)}, paired=True),
+        Attack("multiple_loss", "grey", NOISED, 20, CDI, "L2 norm at ten timesteps, one draw", "loss",
+               {"statistic": "l2", "timesteps": TENS, "draws": 1}, paired=True),
+        Attack("summed_loss", "grey", NOISED, 20, COPYMARK, "SSE summed over t up to 501, one draw", "loss",
+               {"statistic": "sum", "timesteps": (51, 101, 141, 201, 301, 401, 441, 451, 461, 501), "draws": 1},
+               paired=True),
+        Attack("secmi", "grey", ("secmi",), 32, "arXiv 2302.01316", "step forth and back on the inversion path",
+               "secmi", paired=True),
+        Attack("secmi_nn", "grey", ("secmi",), 32, "arXiv 2302.01316", "a perceptron on SecMI's error map",
+               "secmi_nn", labels=True, paired=True),
+        Attack("secmi_copymark", "grey", ("stepback",), 4, COPYMARK, "step forth and back from a random noising",
+               "secmi", {"block": "stepback"}, paired=True),
+        Attack("pia", "grey", ("pia",), 12, "arXiv 2305.18355", "distance to the noise predicted at 0", "pia",
+               paired=True),
+        Attack("pian", "grey", ("pian",), 4, "arXiv 2305.18355", "the same, that noise scaled to a unit Gaussian",
+               "pia", {"block": "pian"}, paired=True),
+        _pfami("pfami", "relative rise of the loss by a crop, shared noise"),
+        _pfami("pfami_copymark", "the same, own noise each", kind="copymark", draw=1),
+        _pfami("pfami_clid", "rise of the loss by a crop, own noise each", kind="clid", draw=1),
+        _pfami("pfami_sima", "square of that rise", kind="sima", draw=1),
+        Attack("sima", "grey", ("clean",), 40, "arXiv 2509.25003", "size of the prediction on the clean latent",
+               "sima", paired=True),
+        Attack("sima_mc", "grey", NOISED, 150, "arXiv 2509.25003", "size of the prediction on noised latents", "sima",
+               {"block": "noised"}, paired=True),
+        _clid("clid", 15, ("noised", "prompts"), "loss, and its rise without the caption"),
+        _clid("clid_vector", 15, ("noised", "prompts"), "boosted trees on the same", form="vector"),
+        _clid("clid_null", 6, NOISED, "the same by the empty prompt alone", prompts=()),
+        Attack("noise_aggregation", "grey", ("aggregation",), 10, "arXiv 2510.21783",
+               "distance between successive predictions", "aggregation", paired=True),
+        Attack("frequency_low", "grey", NOISED, 75, "arXiv 2505.20955", "loss in the low frequencies", "frequency",
+               {"band": "low"}),
+        Attack("frequency_high", "grey", NOISED, 75, "arXiv 2505.20955", "loss in the high frequencies", "frequency",
+               {"band": "high"}),
+        Attack("memorisation", "grey", NOISED, 150, "Wen et al., ICLR 2024", "norm of the guidance direction",
+               "memorisation"),
+        Attack("quantile_regression", "grey", ("secmi", "clean"), 33, "arXiv 2312.05140",
+               "SecMI's error against images as hard", "quantile", labels=True, paired=True),
+        Attack("gsa1", "white", ("gsa",), 10, "arXiv 2308.06405", "norms of the summed gradient, boosted trees", "gsa",
+               labels=True, backwards=10),
+        Attack("gsa2", "white", ("gsa",), 10, "arXiv 2308.06405", "mean norms of gradients, boosted trees", "gsa",
+               {"block": "gsa2"}, labels=True, backwards=10),
+        Attack("gradient_masking", "white", ("gradient_masking",), 20, CDI, "restoring what the loss rests on",
+               "gradient_masking", backwards=10),
+        Attack("noise_optimisation", "white", ("noise_optimisation",), 6, CDI, "how far noise must move to fit",
+               "noise_optimisation", backwards=5),
+        Attack("rediffuse", "black", ("variations",), 10, "arXiv 2405.20771", "likeness of the mean variation",
+               "rediffuse", decodes=10, encodes=10),
+        Attack("pang", "black", ("generations",), 300, "arXiv 2312.08207", "likeness of generations", "pang",
+               decodes=3, encodes=0),
+        Attack("pang_classifier", "black", ("generations",), 300, "arXiv 2312.08207", "a perceptron on the same",
+               "pang_classifier", labels=True, decodes=3, encodes=0),
+        _fsca("fsca", "all", "consistency of generations, image and caption"),
+        _fsca("fsca_model", "model", "the same, without what no model enters"),
+        _fsca("blind_pair", "pair", "blind: cosine of caption and image alone"),
+    )
+}  # fmt: skip
+
+
+def attack(name: str) -> Attack:
+    """The attack of this name.
+
+    Raises:
+        UserError: there is none; names the nearest.
+    """
+    from mia.errors import UserError
+
+    if name not in REGISTRY:
+        near = difflib.get_close_matches(name, list(REGISTRY), n=3, cutoff=0.5)
+        raise UserError(f"unknown attack '{name}'", "scores.attacks", f"use {near or list(REGISTRY)}")
+    return REGISTRY[name]
+
+
+def named(text: str) -> tuple[str, ...]:
+    """The attacks that `text` names: `all`, `none`, one of `ACCESS`, or names between commas.
+
+    Raises:
+        UserError: a word that is none of these; names the nearest.
+    """
+    if text in ("none", "all", *ACCESS):
+        return tuple(name for name, a in REGISTRY.items() if text == "all" or a.access == text)
+    return tuple(attack(word.strip()).name for word in text.split(",") if word.strip())
+
+
+def probes(names: Iterable[str]) -> tuple[str, ...]:
+    """What must be extracted for these attacks, each probe once, in the order of `PROBES`."""
+    needed = {probe for name in names for probe in attack(name).probes}
+    return tuple(probe for probe in PROBES if probe in needed)
+
+
+def blocks(names: Iterable[str]) -> tuple[str, ...]:
+    """The blocks these attacks read; a name that ends in `*` stands for all that begin so."""
+    return tuple(block for probe in probes(names) for block in PROBES[probe])
+
+
+def run(name: str, evidence: Evidence, calibration: Calibration | None = None) -> Iterator[tuple[str, str, np.ndarray]]:
+    """(attack, variant, float64[n]) for every variant of an attack and of its twin, high = member.
+
+    Raises:
+        UserError: an unknown name, a block that was not extracted, too few labels, a score that is not finite.
+    """
+    import numpy as np
+
+    from mia.errors import UserError
+
+    this = attack(name)
+    module = importlib.import_module(f"mia.attacks.{this.module}")
+    for suffix, options in _runs(this, module):
+        if suffix == TWIN and not evidence.has_null:  # an unconditional model has no empty prompt
+            continue
+        fitted = (calibration,) if this.labels else ()
+        for variant, score in module.scores(evidence, options, *fitted).items():
+            bad = np.flatnonzero(~np.isfinite(score))
+            if len(bad):
+                where = f"attack '{name}{suffix}', variant '{variant}', sample {evidence.ids[bad[0]]}"
+                raise UserError(f"{len(bad)} of {len(score)} scores are not finite", where, "extract its blocks anew")
+            yield name + suffix, variant, np.asarray(score, dtype=np.float64)
+
+
+def _runs(this: Attack, module: Any) -> Iterator[tuple[str, Any]]:
+    yield "", module.Options(**this.options)
+    if this.paired:
+        options = dict(this.options)
+        if "name" in {field.name for field in dataclasses.fields(module.Options)}:
+            options["name"] = this.name + TWIN
+        yield TWIN, module.Options(**options, condition="null")
+
+
+TWINS = {name + TWIN: name for name, this in REGISTRY.items() if this.paired}
+
+
+def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
+    """(under the caption, under the empty prompt) for the attacks of which the scores hold both."""
+    here = set(names)
+    return [(n, n + TWIN) for n in REGISTRY if REGISTRY[n].paired and {n, n + TWIN} <= here]
+
+
+def caption_driven(
+    pair: tuple[np.ndarray, np.ndarray], member: np.ndarray, group: np.ndarray, level: float = 0.05
+) -> tuple[bool, float, float]:
+    """Whether an attack does better for seeing the caption: yes or no, the gain in AUC, its one-sided p-value.
+
+    A gain is no flaw in itself: captions are part of what a model learns. Where a blind classifier tells the captions
+    of the two sides apart, it is not to be counted as membership.
+
+    Args:
+        pair: Scores of the same samples under the caption and under the empty prompt, float64[n] each.
+        member: bool[n].
+        group: str[n], near-duplicates.
+        level: Of the test.
+    """
+    from mia import resampling
+
+    gain, p = resampling.paired_auc(*pair, member, group)
+    return p <= level, gain, p

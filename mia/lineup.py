@@ -1,0 +1,106 @@
+"""Every attack of the field side by side: what each costs, what it finds, and how much of that is the caption."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from mia import attacks, settings, walks
+from mia.config import FeaturesOptions
+from mia.scored import CHOSEN
+from mia.summary import Results, Target, reported, tpr_key, wide
+
+# One call in units of a UNet row of Stable Diffusion 1.x, by counted FLOP. Source: `performance.md` A.
+DECODE, ENCODE, BACKWARD = 2.51452 / 0.80327, 1.11666 / 0.80327, 2.0
+CAPTION, CAPTION_SHIFT = "the caption", "the caption, which tells by itself"
+LEVEL = 0.05
+
+
+def lineup(results: Results) -> pl.DataFrame:
+    """One row for each attack on the main target, each with its variant chosen on calibration, read on test.
+
+    Columns: attack; variant; access, labels (whether labelled samples are needed) and cost (in UNet rows for one image,
+    alone, at the attack's own defaults); for AUC and each TPR `wide`'s columns; the same attack's TPR and AUC under the
+    empty prompt (`null_`) and on each control (`<name>_`); driven, what the attack's advantage over its twin is due to.
+    """
+    rows = wide(reported(results.main.metrics), results.fpr_targets)
+    rows = rows.filter(~pl.col("attack").is_in(set(attacks.TWINS)), pl.col("attack") != CHOSEN)
+    about = [_about(attack, variant) for attack, variant in rows.select("attack", "variant").iter_rows()]
+    kinds = {"access": pl.String, "labels": pl.Boolean, "cost": pl.Float64}
+    rows = rows.hstack(pl.DataFrame(about, schema=kinds, orient="row"))
+    keys = ["auc", tpr_key(results.fpr_targets[0])]
+    twins = wide(reported(results.main.metrics), results.fpr_targets)
+    twins = twins.filter(pl.col("attack").is_in(set(attacks.TWINS)))
+    twins = twins.with_columns(pl.col("attack").replace(attacks.TWINS))
+    for name, other in [("null", twins), *((control.name, _of(control, results)) for control in results.controls)]:
+        chosen = other.select("attack", *(pl.col(key).alias(f"{name}_{key}") for key in keys))
+        rows = rows.join(chosen, on="attack", how="left", maintain_order="left")
+    driven = [_driven(results, attack) for attack in rows["attack"]]
+    return rows.with_columns(pl.Series("driven", driven, pl.String)).sort("cost", "attack", nulls_last=True)
+
+
+def _of(target: Target, results: Results) -> pl.DataFrame:
+    return wide(reported(target.metrics), results.fpr_targets)
+
+
+def _about(attack: str, variant: str) -> tuple[str, bool, float | None]:
+    """Access, whether labels are needed, and cost of an attack of the registry or of a setting."""
+    known = attacks.REGISTRY.get(attack)
+    if known is None:
+        return "grey", False, _of_setting(attack, variant.partition("@")[0])
+    if known.unet_rows is None:  # a classifier on the losses of all settings
+        return known.access, known.labels, None
+    rows = known.unet_rows / (2 if known.paired else 1)  # the registry counts the twin, too
+    extra = known.decodes * DECODE if known.decodes else 0.0
+    return known.access, known.labels, rows + extra + known.encodes * ENCODE + known.backwards * BACKWARD
+
+
+@functools.cache
+def _of_setting(name: str, loss: str) -> float | None:
+    """The cost of one loss of one setting, 5 draws."""
+    number = next((of.number for of in settings.SETTINGS.values() if of.name == name), None)
+    if number is None or loss not in settings.LOSSES:
+        return None
+    work = walks.planned(FeaturesOptions(settings=(number,), losses=(loss,), draws=5))
+    return work.unet_rows + work.decodes * DECODE + ENCODE
+
+
+def _driven(results: Results, attack: str) -> str | None:
+    """What makes an attack better with the caption than without it, by a paired test on the test part.
+
+    The caption is part of what a model learns; but where a classifier that sees captions alone, and no model, already
+    tells members, that advantage is not to be counted as membership.
+    """
+    twin, scores = attack + attacks.TWIN, results.main.scores
+    if scores is None or twin not in attacks.TWINS or twin not in set(scores["attack"]):
+        return None
+    chosen = dict(reported(results.main.metrics).select("attack", "variant").iter_rows())
+    test = results.datasets["attacked"].filter(pl.col("part") == "test").select("sample_id", "member", "group")
+    pair = [_scores(scores, test, name, chosen[name]) for name in (attack, twin)]
+    better, _, _ = attacks.caption_driven(
+        (pair[0], pair[1]), test["member"].to_numpy(), test["group"].to_numpy(), LEVEL
+    )
+    if not better:
+        return None
+    blind = reported(results.audits["attacked"]).filter(pl.col("attack") == "blind_caption", pl.col("metric") == "auc")
+    return CAPTION_SHIFT if len(blind) and (blind["ci_low"][0] or 0) > 0.5 else CAPTION
+
+
+def _scores(scores: pl.DataFrame, test: pl.DataFrame, attack: str, variant: str) -> np.ndarray:
+    mine = scores.filter(pl.col("attack") == attack, pl.col("variant") == variant)
+    return test.join(mine, on="sample_id", how="left", maintain_order="left")["score"].to_numpy()
+
+
+def points(results: Results, rows: pl.DataFrame) -> list[dict[str, Any]]:
+    """What the figure of costs shows of each attack with a known cost: number, attack, access, labels, cost, TPR."""
+    key = tpr_key(results.fpr_targets[0])
+    shown = rows.filter(
+        pl.col("cost").is_not_null(), pl.col(key).is_not_null(), ~pl.col("attack").str.starts_with("blind_")
+    )
+    names = {key: "value", f"{key}_low": "ci_low", f"{key}_high": "ci_high"}
+    return (
+        shown.select("attack", "access", "labels", "cost", *names).rename(names).with_row_index("number", 1).to_dicts()
+    )
