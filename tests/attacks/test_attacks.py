@@ -218,7 +218,12 @@ def test_similarities_by_hand():
     kept = [[[0.5, 0, 0, 1, 4], [0.75, 0, 0, 3, 0], [0.25, 0, 0, 2, 2], [9, 9, 9, 9, 9]]]
     found = Evidence([arrow(vector_rows("generations", kept))], (2, 1, 1))
     score = pang.scores(found, pang.Options())
-    assert {k: v.tolist() for k, v in score.items()} == {"mean": [0.5], "max": [0.75], "tokens": [2.0], "token_max": [2.0]}
+    assert {k: v.tolist() for k, v in score.items()} == {
+        "mean": [0.5],
+        "max": [0.75],
+        "tokens": [2.0],
+        "token_max": [2.0],
+    }
 
 
 def test_a_quantile_is_of_nonmembers_and_of_images_alike():
