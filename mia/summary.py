@@ -343,7 +343,8 @@ def rounds(results: Results) -> pl.DataFrame:
 
 def target_rows(results: Results) -> pl.DataFrame:
     """Which models these are: name, role, step, source, revision, hashes of UNet and encoders, alpha_bar at t = 300."""
-    keys = ("source", "revision", "unet", "encoders", "alpha_bar_300", "train_steps")
+    keys = ("source", "revision", "finetuned", "lora", "unet", "encoders", "family", "prediction")
+    keys = (*keys, "alpha_bar_300", "sigma_500", "train_steps")
     plain = [{"target": t.name, "role": t.role, "step": t.step} for t in results.targets.values()]
     found = [{key: t.about.get(key) for key in keys} for t in results.targets.values()]
     return pl.DataFrame([a | b for a, b in zip(plain, found, strict=True)], infer_schema_length=None)

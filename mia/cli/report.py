@@ -168,7 +168,10 @@ def _provenance(folder: pathlib.Path, main: str) -> dict[str, dict[str, Any]]:
         "metadata": folder / "metadata.parquet", "embeddings": min((folder / "embeddings").glob("*.parquet")),
         "dedup": folder / "duplicates.parquet", "sanitize": folder / "dataset" / "sanitized.parquet",
         "distance": folder / "distance" / "sanitized.parquet", "audit": folder / "audit" / "attacked.scores.parquet",
-        "features": min((folder / "features" / main).glob("*/*.parquet"), default=None),
+        # Of the blocks one that looks at the number of draws, where there is one.
+        "features": min(
+            (folder / "features" / main).glob("*/*.parquet"), key=lambda p: (p.parent.name != "noised", p), default=None
+        ),
         "scores": folder / "scores" / f"{main}.parquet", "evaluation": folder / "evaluation" / f"{main}.parquet",
     }  # fmt: skip
     made = {stage: tables.provenance(path) for stage, path in paths.items() if path is not None}

@@ -114,6 +114,23 @@ def test_another_setting_extracts_only_its_own_block(done):
     assert done.reruns(config) == {"features": 2, "scores": 2, "evaluation": 2, "report": 1, "all": 1}
 
 
+def test_another_attack_extracts_only_the_block_it_needs(done):
+    config = small()
+    config["scores"]["attacks"] = [*config["scores"]["attacks"], "sima"]
+    assert done.reruns(config) == {"features": 2, "scores": 2, "evaluation": 2, "report": 1, "all": 1}
+    shown = done.snakemake(config, "-n").stdout
+    assert set(re.findall(r"block=([\w.-]+)", shown)) == {"clean"}
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("generations", 9), ("crops", [70]), ("latent_shift_index", 3), ("text_shift_scale", 2.0)]
+)
+def test_an_option_that_no_extracted_block_looks_at_reruns_nothing(done, option, value):
+    config = small()
+    config["features"][option] = value
+    assert done.reruns(config) == {}
+
+
 def test_raising_a_stages_version_reruns_it_and_all_after_it(done):
     module = done.folder / "mia" / "config.py"
     before = module.read_text()
