@@ -23,6 +23,8 @@ lint: $(READY)
 	$(RUN) snakefmt --check Snakefile workflow
 	$(RUN) snakemake --lint
 
+bench: export MALLOC_MMAP_THRESHOLD_ = 1073741824  # as the rules have it
+bench: export MALLOC_TRIM_THRESHOLD_ = 1073741824
 bench: $(READY)  ## speed, as ratios against a naive twin in the same run
 	$(RUN) python -m benchmarks.features
 	$(RUN) python -m benchmarks.evaluation
