@@ -96,7 +96,7 @@ def test_every_kind_of_block_is_read(world):
         "crops": (8, 0, ["crop-82"]), "prompts": (9, 0, ["prompt-1", "prompt-2", "prompt-3"]),
         # two backward passes and two masked inputs; six evaluations of the optimisation
         "gradients": (2 + 2 + 6, 0, ["gradient-masking", "gsa1", "gsa2", "noise-optimisation"]),
-        "variations": (2 * 2, 2, ["variations"]),
+        "variations": (2, 2, ["variations"]),  # one step each, without guidance
     }  # fmt: skip
 
 
