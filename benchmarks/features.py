@@ -20,7 +20,7 @@ from mia.config import FeaturesOptions, TrainOptions
 from mia.models import ensure_torchvision
 from mia.reader import Samples
 
-IMAGES, DRAWS, NUMBER, BATCH, ROUNDS = 32, 5, 16, 64, 3
+IMAGES, DRAWS, NUMBER, BATCH, ROUNDS = 32, 5, 16, 160, 3
 CLIP = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
