@@ -342,9 +342,11 @@ def rounds(results: Results) -> pl.DataFrame:
 
 
 def target_rows(results: Results) -> pl.DataFrame:
-    """Which models these are: name, role, step, source, revision, hashes of UNet and encoders, alpha_bar at t = 300."""
-    keys = ("source", "revision", "finetuned", "lora", "unet", "encoders", "family", "prediction")
-    keys = (*keys, "alpha_bar_300", "sigma_500", "train_steps")
+    """Which models these are: name, role, step, source, hashes of UNet and encoders, family, schedule."""
+    keys = (
+        "source", "revision", "finetuned", "lora", "unet", "encoders", "family", "prediction", "alpha_bar_300",
+        "sigma_500", "train_steps",
+    )  # fmt: skip
     plain = [{"target": t.name, "role": t.role, "step": t.step} for t in results.targets.values()]
     found = [{key: t.about.get(key) for key in keys} for t in results.targets.values()]
     return pl.DataFrame([a | b for a, b in zip(plain, found, strict=True)], infer_schema_length=None)
