@@ -143,9 +143,7 @@ def jobs_of(target):
     }
     more = section.get("probes", [])
     return walks.jobs(
-        FeaturesOptions(
-            **options | {"probes": tuple(dict.fromkeys([*probes, *more]))}
-        )
+        FeaturesOptions(**options | {"probes": tuple(dict.fromkeys([*probes, *more]))})
     )
 
 
