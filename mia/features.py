@@ -25,14 +25,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-GRAM_NAMES = (
-    "z0_z0", "z0_eps", "z0_null", "z0_cond", "eps_eps", "eps_null", "eps_cond", "null_null", "null_cond", "cond_cond",
-)  # fmt: skip
-NORM_NAMES = (  # sums of powers, without the root
-    "cond_eps_l1", "cond_eps_l4", "cond_eps_l5", "cond_l1", "cond_l4",
-    "null_eps_l1", "null_eps_l4", "null_eps_l5", "null_l1", "null_l4",
-)  # fmt: skip
-
 
 def extract(
     network: Network, samples: Samples, options: FeaturesOptions, seed: int, batch_size: int, progress: Callable = iter

@@ -26,15 +26,15 @@ def lineup(results: Results) -> pl.DataFrame:
     alone, at the attack's own defaults); for AUC and each TPR `wide`'s columns; the same attack's TPR and AUC under the
     empty prompt (`null_`) and on each control (`<name>_`); driven, what the attack's advantage over its twin is due to.
     """
-    rows = wide(reported(results.main.metrics), results.fpr_targets)
-    rows = rows.filter(~pl.col("attack").is_in(set(attacks.TWINS)), pl.col("attack") != CHOSEN)
+    main = _of(results.main, results)
+    rows = main.filter(~pl.col("attack").is_in(set(attacks.TWINS)), pl.col("attack") != CHOSEN)
     about = [_about(attack, variant) for attack, variant in rows.select("attack", "variant").iter_rows()]
     kinds = {"access": pl.String, "labels": pl.Boolean, "cost": pl.Float64}
     rows = rows.hstack(pl.DataFrame(about, schema=kinds, orient="row"))
     keys = ["auc", tpr_key(results.fpr_targets[0])]
-    twins = wide(reported(results.main.metrics), results.fpr_targets)
-    twins = twins.filter(pl.col("attack").is_in(set(attacks.TWINS)))
-    twins = twins.with_columns(pl.col("attack").replace(attacks.TWINS))
+    twins = main.filter(pl.col("attack").is_in(set(attacks.TWINS))).with_columns(
+        pl.col("attack").replace(attacks.TWINS)
+    )
     for name, other in [("null", twins), *((control.name, _of(control, results)) for control in results.controls)]:
         chosen = other.select("attack", *(pl.col(key).alias(f"{name}_{key}") for key in keys))
         rows = rows.join(chosen, on="attack", how="left", maintain_order="left")

@@ -193,9 +193,9 @@ class Reader(Ledger):
     def statistics(
         self, block: str, t: int, noise: Value | None, cond: Value | None, null: Value | None, source: str = IMAGE
     ) -> None:
-        z0 = self.tensors[source]
         import torch
 
+        z0 = self.tensors[source]
         parts = [value.tensor if value is not None else None for value in (noise, null, cond)]
         finite = torch.stack([part.isfinite().flatten(1).all(1) for part in parts if part is not None], 1)
         self._keep(block, t, finite=finite.all(1), **statistics(z0, *parts))

@@ -106,6 +106,10 @@ def attack_scores(
 def _of_settings(
     features: pl.DataFrame, labels: pl.DataFrame, numbers: list[int], options: ScoresOptions, seed: int, workers: int
 ) -> list[pl.DataFrame]:
+    if not numbers:
+        raise UserError(
+            "an attack on settings is asked for, and no setting", "features.settings", "name one or leave it out"
+        )
     blocks = set(features["block"].unique())
     for number in numbers:
         if settings.own_block(settings.setting(number)) not in blocks:

@@ -16,11 +16,11 @@ from PIL import Image
 
 from mia import models, pixels, rng
 from mia.errors import UserError
+from mia.settings import TRAIN_STEPS
 
 if TYPE_CHECKING:
     import torch
 
-TRAIN_STEPS = 1000
 MAX_PIXELS = 2**26  # of one picture from a service; its bytes are a stranger's
 
 

@@ -50,6 +50,14 @@ VECTOR = pa.list_(pa.float16(), -1)  # stands for a fixed-size float16 vector of
 GRAM = pa.list_(pa.float64(), 10)
 NORMS = pa.list_(pa.float64(), 10)
 BANDS = pa.list_(pa.float64(), -1)
+# What the entries of the columns `gram` and `norms` of a features table are.
+GRAM_NAMES = (
+    "z0_z0", "z0_eps", "z0_null", "z0_cond", "eps_eps", "eps_null", "eps_cond", "null_null", "null_cond", "cond_cond",
+)  # fmt: skip
+NORM_NAMES = (  # sums of powers, without the root
+    "cond_eps_l1", "cond_eps_l4", "cond_eps_l5", "cond_l1", "cond_l4",
+    "null_eps_l1", "null_eps_l4", "null_eps_l5", "null_l1", "null_l4",
+)  # fmt: skip
 
 SCHEMAS: dict[str, pa.Schema] = {
     "metadata": pa.schema(

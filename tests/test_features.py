@@ -199,7 +199,7 @@ def test_gram_matrix_gives_model_loss_and_latent_error(network, encoded):
     losses = rows_of(table, "setting-16")
     grid = rows_of(table, "noised").filter(pl.col("timestep").is_in(losses["timestep"].unique().to_list()))
     alpha = settings.alpha_bar(0.00085, 0.012)
-    at = {name: i for i, name in enumerate(features.GRAM_NAMES)}
+    at = {name: i for i, name in enumerate(tables.GRAM_NAMES)}
     for row, loss in zip(grid.to_dicts(), losses.to_dicts(), strict=True):
         g, t = row["gram"], row["timestep"]
         sse = g[at["eps_eps"]] - 2 * g[at["eps_cond"]] + g[at["cond_cond"]]
@@ -252,11 +252,11 @@ def one(table: pa.Table, block: str, t: int, sample: int = 0) -> dict:
 
 
 def norms_of(row: dict) -> dict[str, float]:
-    return dict(zip(features.NORM_NAMES, row["norms"], strict=True))
+    return dict(zip(tables.NORM_NAMES, row["norms"], strict=True))
 
 
 def gram_of(row: dict) -> dict[str, float]:
-    return dict(zip(features.GRAM_NAMES, row["gram"], strict=True))
+    return dict(zip(tables.GRAM_NAMES, row["gram"], strict=True))
 
 
 def power(x, p: int) -> float:

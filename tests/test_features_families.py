@@ -112,7 +112,7 @@ def test_losses_are_those_of_a_plain_loop(read, number):
 def test_probes_are_read_with_and_without_a_null_condition(read):
     name, network, samples, table = read
     clean = table.filter(pl.col("block") == "clean", pl.col("sample_id") == samples.ids[0], pl.col("timestep") == 100)
-    norms = dict(zip(features.NORM_NAMES, clean["norms"][0], strict=True))
+    norms = dict(zip(tables.NORM_NAMES, clean["norms"][0], strict=True))
     said = outputs(network, samples, 0, samples.latents["image"][:1], 100)
     a, s = float(network.schedule.alpha(100)), float(network.schedule.sigma(100))
     noise = [network.schedule.to_noise(x, samples.latents["image"][:1], a, s) for x in said]

@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 from click.testing import CliRunner
 
-from mia import plan, settings, walks
-from mia.cli import commands
+from mia import attacks, plan, settings, walks
+from mia.attacks import evidence
+from mia.cli import commands, passes
 from mia.config import FeaturesOptions
 from mia.errors import UserError
 from mia.walks import Counts
@@ -73,6 +74,27 @@ def test_a_probe_costs_only_its_own_difference():
         "noised": 0, "clean": 0, "stepback": 2, "aggregation": 8, "pia": 10, "pian": 2, "secmi": 30, "prompts": 9,
         "crops": 8,
     }  # fmt: skip
+
+
+def test_probes_are_the_same_in_the_registry_in_the_walks_and_in_what_errors_advise():
+    assert set(attacks.PROBES) - {"settings"} == set(walks.PROBES) | set(walks.PASSES)
+    for name, blocks in attacks.PROBES.items():
+        for block in blocks if name != "settings" else ():
+            advised = evidence.command(block.replace("*", "1"))
+            assert advised == f"mia features --block {walks.job_of(name)} --probes {name}"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["secmi", "secmi_nn", "secmi_copymark", "pia", "pian", "sima", "sima_mc", "loss", "noise_aggregation", "gsa1",
+     "gradient_masking", "noise_optimisation", "rediffuse", "pang"],
+)  # fmt: skip
+def test_an_attacks_stated_cost_is_what_its_probe_alone_is_planned_to_cost(name):
+    stated, tens = attacks.REGISTRY[name], tuple(range(1, 1000, 100))
+    alone = FeaturesOptions(settings=(), probes=stated.probes, gradient_timesteps=tens)
+    work = passes.planned(alone)
+    rows = plan.plan(alone).total.unet_rows + work.counts.unet_rows
+    assert (rows, work.counts.decodes, work.backwards) == (stated.unet_rows, stated.decodes, stated.backwards)
 
 
 def test_a_setting_on_timesteps_already_visited_costs_no_row():

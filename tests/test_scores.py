@@ -85,6 +85,7 @@ def test_low_loss_scores_high():
         (("loss_threshold",), (18, 99), ("unknown setting 99", "use 1 to 18")),
         (("loss_treshold",), (18,), ("unknown attack 'loss_treshold'", "scores.attacks", "loss_threshold")),
         ((), (18,), ("no attack is asked for", "scores.attacks")),
+        (("loss_threshold",), (), ("and no setting", "features.settings")),
         (("random_forest",), (18,), ("2 labelled samples", "random_forest", "50 are needed")),
     ],
 )

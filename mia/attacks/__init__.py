@@ -144,7 +144,7 @@ REGISTRY: dict[str, Attack] = {
                {"band": "high"}),
         Attack("memorisation", "grey", NOISED, 150, "Wen et al., ICLR 2024", "norm of the guidance direction",
                "memorisation"),
-        Attack("quantile_regression", "grey", ("secmi", "clean"), 33, "arXiv 2312.05140",
+        Attack("quantile_regression", "grey", ("secmi", "clean"), 32, "arXiv 2312.05140",
                "SecMI's error against images as hard", "quantile", labels=True, paired=True),
         Attack("gsa1", "white", ("gsa",), 10, "arXiv 2308.06405", "norms of the summed gradient, boosted trees", "gsa",
                labels=True, backwards=10),

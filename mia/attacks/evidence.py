@@ -20,10 +20,6 @@ from mia.errors import UserError
 
 OPERANDS = ("z0", "eps", "null", "cond")
 CONDITIONS = ("cond", "null")  # under the caption, under the empty prompt
-NORMS = (  # sums of powers, without the root
-    "cond_eps_l1", "cond_eps_l4", "cond_eps_l5", "cond_l1", "cond_l4",
-    "null_eps_l1", "null_eps_l4", "null_eps_l5", "null_l1", "null_l4",
-)  # fmt: skip
 LOSSES = ("model_loss", "latent_error", "pixel_error")
 COLUMNS = ("sample_id", "block", "timestep", "draw", *LOSSES, "gram", "norms", "bands", "vector")
 KEY = COLUMNS[:4]
@@ -127,8 +123,10 @@ class Evidence:
         return np.maximum(parts[0] - 2 * parts[1] + parts[2], 0.0)
 
     def norm(self, block: str, name: str, timesteps: Sequence[int] | None = None) -> np.ndarray:
-        """One of `NORMS`, a sum of powers without the root, float64[n, T, K]."""
-        return self._known(self._column(block, "norms")[..., NORMS.index(name)], block, f"norm {name}", timesteps)
+        """One of `tables.NORM_NAMES`, a sum of powers without the root, float64[n, T, K]."""
+        return self._known(
+            self._column(block, "norms")[..., tables.NORM_NAMES.index(name)], block, f"norm {name}", timesteps
+        )
 
     def bands(self, block: str, timesteps: Sequence[int] | None = None) -> np.ndarray:
         """Energy of cond - eps by channel, then that of its 2x2 block means, float64[n, T, K, C + 1]."""

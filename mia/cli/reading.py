@@ -107,7 +107,9 @@ def _part(
     prompts = model.captions(on) if shard.block in CAPTIONED else None
     coder = model.autoencoder(on, torch.float32) if shard.block == "crops" else network.autoencoder
     found, seed = samples(shard, network, coder, prompts, part, parts), shard.seed
-    options = dataclasses.replace(shard.options, query_budget=shard.options.query_budget // parts)
+    options, budget = shard.options, shard.options.query_budget
+    if budget:  # each device has its share, and never 0, which would be no limit
+        options = dataclasses.replace(options, query_budget=max(1, budget // parts))
     if shard.block == "gradients":
         table, counts = passes.read_gradients(network, found, options, seed, batch_size, progress)
     elif shard.block in ("generations", "variations") and prompts is not None:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mia import features
+from mia import tables
 from mia.attacks import PROBES, evidence, gram
 from mia.attacks.evidence import SOURCES, Evidence, command
 from mia.errors import UserError
@@ -23,9 +23,8 @@ def one(**values):
 
 
 def test_names_are_the_engines():
-    assert evidence.NORMS == features.NORM_NAMES
     pairs = [f"{a}_{b}" for i, a in enumerate(evidence.OPERANDS) for b in evidence.OPERANDS[i:]]
-    assert tuple(pairs) == features.GRAM_NAMES
+    assert tuple(pairs) == tables.GRAM_NAMES
 
 
 def test_arrays_are_placed_by_sample_timestep_and_draw():
