@@ -19,7 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from mia.summary import ATTACKS, CHOSEN, LOSSES, SPLITS, attack_label, percent
+from mia.summary import ATTACKS, CHOSEN, LOSSES, MOMENTS, attack_label, percent
+from mia.verdict import p_words
 
 BLUE, ORANGE, GREEN, SKY, VERMILLION, PURPLE = "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#D55E00", "#CC79A7"
 INK, FAINT = "#333333", "#888888"
@@ -232,60 +233,70 @@ def tpr_by_step(rows: pl.DataFrame, fpr_target: float) -> Figure:
 
 @styled
 def embedding_scatter(points: pl.DataFrame, explained: dict[str, Sequence[float]]) -> Figure:
-    """Members and non-members on the first two principal components: rows image and text, columns before and after.
+    """Members and non-members on the first two principal components: rows image and text, a column for each moment.
 
     Args:
         points: space, split, member, pc1, pc2; drawn in this order, so that neither side lies on top.
         explained: for each space the share of variance along both components.
     """
-    figure = Figure((WIDE, 5.2), layout="constrained")
-    panels = figure.subplots(len(explained), 2, sharex="row", sharey="row", squeeze=False)
+    figure = Figure((WIDE, 4.6), layout="constrained")
+    panels = figure.subplots(len(explained), len(MOMENTS), sharex="row", sharey="row", squeeze=False)
     for row, (space, shares) in zip(panels, explained.items(), strict=True):
-        for axes, (split, when) in zip(row, SPLITS.items(), strict=True):
+        for axes, (split, when) in zip(row, MOMENTS.items(), strict=True):
             shown = points.filter(pl.col("space") == space, pl.col("split") == split)
             colours = np.where(shown["member"].to_numpy(), MEMBER, NONMEMBER)
-            axes.scatter(shown["pc1"], shown["pc2"], s=5, c=colours, alpha=0.45, linewidths=0)
-            axes.set(
-                title=f"{space.capitalize()} embeddings, {when} sanitization", xlabel=f"PC 1 ({100 * shares[0]:.0f} %)"
-            )
-            axes.locator_params(nbins=5)
+            axes.scatter(shown["pc1"], shown["pc2"], s=4, c=colours, alpha=0.45, linewidths=0)
+            axes.set(title=f"{space.capitalize()}, {when}", xlabel=f"PC 1 ({100 * shares[0]:.0f} %)")
+            axes.locator_params(nbins=4)
         row[0].set_ylabel(f"PC 2 ({100 * shares[1]:.0f} %)")
     dots = [mpl.lines.Line2D([], [], marker="o", linestyle="", markersize=4, color=c) for c in (MEMBER, NONMEMBER)]
     figure.legend(dots, ["Members", "Non-members"], loc="outside upper center", ncols=2)
     return figure
 
 
+DISTANCES = {
+    "frechet": "squared Fréchet distance", "kernel": "squared kernel distance (MMD)", "c2st": "two-sample test, AUC",
+}  # fmt: skip
+
+
 @styled
-def frechet(rows: pl.DataFrame) -> Figure:
-    """Fréchet distances before and after sanitization, beside chance. `rows`: a distance table with its split."""
+def distances(rows: pl.DataFrame) -> Figure:
+    """Each distance of members to non-members at each moment, with its interval if it has one, beside chance.
+
+    Args:
+        rows: distance tables with their `split`.
+    """
     spaces = [space for space in ("image", "text") if space in set(rows["space"])]
-    places = [(space, split) for space in spaces for split in SPLITS]
-    figure = Figure((COLUMN + 0.6, 0.36 * len(places) + 1.0), layout="constrained")
-    axes = figure.subplots()
-    for y, (space, split) in enumerate(places):
-        here = rows.filter(pl.col("space") == space, pl.col("split") == split)
-        chance = here.filter(pl.col("metric") == "frechet_chance").row(0, named=True)
-        value = here.filter(pl.col("metric") == "frechet")["value"].item()
-        axes.barh(
-            y,
-            chance["ci_high"] - chance["ci_low"],
-            0.5,
-            chance["ci_low"],
-            color="#d0d0d0",
-            label="Chance, central 95 %",
-        )
-        axes.plot(
-            value, y, marker="o", markersize=6, linestyle="", color=MAIN, label="Members to non-members", zorder=3
-        )
-        axes.annotate(f"{value:#.3g}", (value, y), (6, 0), textcoords="offset points", va="center", fontsize=7)
-    axes.set_yticks(range(len(places)), [f"{space}, {SPLITS[split]}" for space, split in places])
-    axes.set(xlabel="squared Fréchet distance of CLIP embeddings", xlim=(0, 1.12 * axes.get_xlim()[1]))
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.tick_params(axis="y", length=0)
-    shown = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    places = [(space, split) for space in spaces for split in MOMENTS]
+    figure = Figure((WIDE, 0.3 * len(places) + 1.0), layout="constrained")
+    panels = figure.subplots(1, len(DISTANCES), sharey=True)
+    for axes, (metric, label) in zip(panels, DISTANCES.items(), strict=True):
+        of_metric = rows.filter(pl.col("metric").is_in([metric, f"{metric}_chance"])).sort("metric")
+        for y, (space, split) in enumerate(places):
+            here = of_metric.filter(pl.col("space") == space, pl.col("split") == split)
+            _beside_chance(axes, y, *here.rows(named=True))
+        axes.set_xlabel(label)
+        axes.locator_params(axis="x", nbins=4)
+        axes.margins(x=0.2)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+    panels[0].set_yticks(range(len(places)), [f"{space}, {MOMENTS[split]}" for space, split in places])
+    panels[0].invert_yaxis()
+    shown = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
     figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=2)
     return figure
+
+
+def _beside_chance(axes: Axes, y: float, found: dict[str, Any], chance: dict[str, Any]) -> None:
+    """A dot with its interval and p-value over the bar of what chance alone shows."""
+    low, high = chance["ci_low"], chance["ci_high"]
+    axes.barh(y, high - low, 0.5, low, color="#d0d0d0", label="Chance, central 95 %")
+    label = "Members to non-members"
+    axes.plot(found["value"], y, marker="o", markersize=4.5, linestyle="", color=MAIN, label=label, zorder=3)
+    if found["ci_low"] is not None:
+        axes.hlines(y, found["ci_low"], found["ci_high"], color=MAIN, linewidth=1.1, zorder=3)
+    said = f"{found['value']:#.2g}, {p_words(found['p_value'])}"
+    axes.annotate(said, (found["value"], y), (0, 5), textcoords="offset points", ha="center", fontsize=6)
 
 
 @styled

@@ -24,7 +24,6 @@ from mia.verdict import listed, p_words, verdict
 
 SCREEN_SCALE = 1.3  # figures are drawn in a journal's size; a screen is read from farther away
 SHOWN_FEATURES = 5  # of each blind baseline on the page; the rest is in the CSV
-MAX_POINTS = 600  # of each side in each panel of the scatter; ids are hashes, so the first ones are a random sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +50,17 @@ def build(results: Results) -> Report:
 TABLES: dict[str, Callable[[Results], pl.DataFrame]] = {
     "attacks": summary.attacks, "lineup": lineup.lineup, "comparison": summary.comparison,
     "protocols": summary.protocols,
-    "all_metrics": summary.all_metrics, "blind_audits": summary.blind_audits, "telling": summary.telling,
+    "all_metrics": summary.all_metrics, "blind_audits": summary.blind_audits, "distances": summary.distances,
+    "telling": summary.telling,
     "attrition": lambda results: results.attrition, "dedup_thresholds": lambda results: results.thresholds,
     "dedup_checked_bins": lambda results: results.checked_bins, "dropped": summary.dropped,
     "sanitization_rounds": summary.rounds,
     "dedup_recall": summary.dedup_recall, "dedup_methods": summary.dedup_methods, "targets": summary.target_rows,
     "settings": summary.settings_used, "provenance": summary.provenance,
 }  # fmt: skip
+
+
+UNPRINTED = ("all_metrics", "distances")  # in their files only
 
 
 # Figures: each takes the results and returns a figure, or the sentence that says why there is none.
@@ -141,13 +144,12 @@ def _tpr_by_step(results: Results) -> Figure | str:
 def _embedding_scatter(results: Results) -> Figure | str:
     parts, explained = [], {}
     for space, x in results.vectors.items():
-        fitted = np.isin(results.vector_ids, results.datasets["unsanitized"]["sample_id"].to_numpy())
+        fitted = np.isin(results.vector_ids, summary.drawn(results.datasets["collected"])["sample_id"].to_numpy())
         place, explained[space] = principal_components(x[fitted], x)
         ids = pl.Series(results.vector_ids, dtype=pl.String)
         at = pl.DataFrame({"sample_id": ids, "pc1": place[:, 0], "pc2": place[:, 1]})
-        for split in summary.SPLITS:
-            rows = results.datasets[split].sort("sample_id").filter(pl.int_range(pl.len()).over("member") < MAX_POINTS)
-            rows = rows.join(at, on="sample_id", maintain_order="left")
+        for split in summary.MOMENTS:
+            rows = summary.drawn(results.datasets[split]).join(at, on="sample_id", maintain_order="left")
             parts.append(rows.select("member", "pc1", "pc2", space=pl.lit(space), split=pl.lit(split)))
     return figures.embedding_scatter(pl.concat(parts), explained)
 
@@ -165,8 +167,8 @@ def principal_components(fit: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, tu
     return (x - centre) @ basis, (float(shares[0]), float(shares[1]))
 
 
-def _frechet(results: Results) -> Figure | str:
-    return figures.frechet(pl.concat([rows.with_columns(split=pl.lit(s)) for s, rows in results.distances.items()]))
+def _distances(results: Results) -> Figure | str:
+    return figures.distances(summary.distances(results))
 
 
 def _dedup_distances(results: Results) -> Figure | str:
@@ -203,7 +205,7 @@ def _costs(results: Results) -> Figure | str:
 FIGURES: dict[str, Callable[[Results], Figure | str]] = {
     "roc": _roc, "controls": _controls, "costs": _costs, "tpr_by_timestep": _tpr_by_timestep,
     "tpr_by_step": _tpr_by_step,
-    "embedding_scatter": _embedding_scatter, "frechet": _frechet, "dedup_distances": _dedup_distances,
+    "embedding_scatter": _embedding_scatter, "distances": _distances, "dedup_distances": _dedup_distances,
 }  # fmt: skip
 
 
@@ -231,12 +233,12 @@ def page(results: Results, found: dict[str, pl.DataFrame], svgs: dict[str, bytes
         "best": best, "blind": blind,
         "best_blind": [row for row in rows if row["kind"] == "blind" and row["attack"] == blind],
         "groups": [list(group) for _, group in itertools.groupby(study, key=lambda row: (row["kind"], row["target"]))],
-        "tables": {name: table.rows(named=True) for name, table in found.items() if name != "all_metrics"},
+        "tables": {name: table.rows(named=True) for name, table in found.items() if name not in UNPRINTED},
         "study": summary.STUDY,
         "figures": {name: inline(svg, name) for name, svg in svgs.items() if name not in absent},
         "test": best[0], "fpr_targets": results.fpr_targets, "tpr_keys": [tpr_key(t) for t in results.fpr_targets],
         "notes": Notes(), "libraries": summary.libraries(results), "planted": _planted(results),
-        "splits": _sizes(results), "max_points": MAX_POINTS, "shown_features": SHOWN_FEATURES,
+        "splits": _sizes(results), "max_points": summary.MAX_POINTS, "shown_features": SHOWN_FEATURES,
         "draws": results.made.get("features", {}).get("options", {}).get("draws"),
     }  # fmt: skip
     return environment.get_template("report.html.j2").render(context)

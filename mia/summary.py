@@ -16,7 +16,13 @@ from mia import settings
 from mia.attacks import TWINS
 from mia.scored import CHOSEN
 
-SPLITS = {"unsanitized": "before", "sanitized": "after"}  # when the whole dataset was looked at, next to sanitization
+SPLITS = (
+    "unsanitized",
+    "sanitized",
+    "attacked",
+)  # the dataset after dedup, after sanitization, and what is attacked of it
+MOMENTS = {"collected": "before dedup", "unsanitized": "after dedup", "sanitized": "sanitized"}  # of the distances
+MAX_POINTS = 600  # of each side in each panel of the scatter
 LOSSES = {"model_loss": "model loss", "latent_error": "latent error", "pixel_error": "pixel error"}
 ATTACKS = {s.name: s.label for s in settings.SETTINGS.values()} | {
     "logistic_regression": "Logistic regression", "decision_tree": "Decision tree", "random_forest": "Random forest",
@@ -59,10 +65,10 @@ class Results:
 
     Attributes:
         targets: the main target first, then negative controls, then checkpoints.
-        datasets, audits, distances: by split, `sanitized` and `unsanitized`; the first two also `attacked`, the samples
-            of the sanitized split that are attacked.
+        datasets, audits: by split. Of the dataset also `collected`, all that reached dedup: sample_id and member.
+        distances: by moment.
         telling: what told members from non-members without a model on the attacked samples, most telling first.
-        vectors: for each space the CLIP embeddings, float32[n, d], of the samples `vector_ids`.
+        vectors: for each space the CLIP embeddings, float32[n, d], of `vector_ids`, the samples in the scatter.
         thresholds, checked_bins: what other distances would drop, and the paper's human check: see `dedup`.
         attrition, survival: statuses of downloads by pool, and whether a live link predicts membership.
         planted: candidate_id, member_id, transform, same_caption; None when there is no such truth.
@@ -246,10 +252,20 @@ def all_metrics(results: Results) -> pl.DataFrame:
     return pl.concat(parts)
 
 
+def drawn(dataset: pl.DataFrame) -> pl.DataFrame:
+    """At most `MAX_POINTS` rows of each side, in the order of ids; these are hashes, so the sample is random."""
+    return dataset.sort("sample_id").filter(pl.int_range(pl.len()).over("member") < MAX_POINTS)
+
+
+def distances(results: Results) -> pl.DataFrame:
+    """The distance tables with the moment, `split`, at which each was measured."""
+    return pl.concat([results.distances[split].select(pl.lit(split).alias("split"), pl.all()) for split in MOMENTS])
+
+
 def blind_audits(results: Results) -> pl.DataFrame:
     """Blind baselines before and after sanitization and on the attacked samples: split, then `wide`'s columns."""
     parts = []
-    for split in (*SPLITS, "attacked"):
+    for split in SPLITS:
         rows = wide(reported(results.audits[split]), results.fpr_targets)
         parts.append(rows.select(pl.lit(split).alias("split"), pl.all()))
     return pl.concat(parts).sort("attack", maintain_order=True)

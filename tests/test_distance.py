@@ -413,3 +413,28 @@ def test_the_command_joins_shards_by_sample_and_refuses_a_lack(tmp_path):
     others = np.array([i for i in range(2, 40) if i % 3])
     for space, x in (("image", image.astype(np.float64)), ("text", text.astype(np.float64))):
         assert rows[space, "frechet"] == pytest.approx(by_sqrtm(x[member], x[others]), rel=1e-9)
+
+
+def test_the_command_measures_all_that_dedup_saw(tmp_path):
+    """Before dedup: members and candidates, duplicates and mixed groups too, but no row of the controls' pool."""
+    r = np.random.default_rng(1)
+    ids = [tables.sample_id(f"u{i}", "c") for i in range(30)]
+    vectors = r.normal(size=(30, 3)).astype(np.float16)
+    pools = ["member"] * 10 + ["candidate"] * 15 + ["control"] * 5
+    rows = [
+        {"sample_id": i, "pool": pool, "group": ids[number % 10], "reason": "near-duplicate" if number < 20 else None}
+        for number, (i, pool) in enumerate(zip(ids, pools, strict=True))
+    ]
+    tables.write(
+        tmp_path / "near", pa.Table.from_pylist(rows, schema=tables.SCHEMAS["duplicates"]), "duplicates", {}
+    )  # fmt: skip
+    both = tables.vector_column(vectors)
+    tables.write(tmp_path / "e", pa.table({"sample_id": ids, "image": both, "text": both}), "embeddings", {})
+    words = ["distance", "--embeddings", str(tmp_path / "e"), "--output", str(tmp_path / "o"), "--permutations", "20"]
+    with pytest.raises(UserError, match="^nothing to measure, or two things, mia distance, give --dataset or"):
+        cli.commands.main(words, standalone_mode=False)
+    cli.commands.main([*words, "--duplicates", str(tmp_path / "near")], standalone_mode=False)
+    found = tables.read(tmp_path / "o", "distance").to_pylist()
+    assert {(row["n_members"], row["n_nonmembers"]) for row in found} == {(10, 15)}
+    wanted = by_sqrtm(vectors[:10].astype(np.float64), vectors[10:25].astype(np.float64))
+    assert next(row["value"] for row in found if row["metric"] == "frechet") == pytest.approx(wanted, rel=1e-9)

@@ -24,7 +24,7 @@ from mia import report as stage
 from mia import verdict as verdicts
 from mia.cli import common
 from mia.cli.report import report
-from mia.config import DedupOptions, EvaluationOptions, FeaturesOptions, SanitizeOptions
+from mia.config import DedupOptions, DistanceOptions, EvaluationOptions, FeaturesOptions, SanitizeOptions
 from mia.errors import UserError
 
 N = 240  # samples a side in the dataset; half of them in each part
@@ -46,7 +46,7 @@ FIGURES = (
     "tpr_by_timestep",
     "tpr_by_step",
     "embedding_scatter",
-    "frechet",
+    "distances",
     "dedup_distances",
 )
 OPTIONS = EvaluationOptions(bootstrap=200, permutations=200)
@@ -67,6 +67,9 @@ class World:
         self.put("attacked/sanitized.parquet", "dataset", self.datasets["sanitized"], SanitizeOptions(), "sanitize")
         for split, dataset in (self.datasets | {"attacked": self.datasets["sanitized"]}).items():
             self.write_audit(split, dataset, 0.6 if split == "unsanitized" else 0.05)
+        collected = pl.DataFrame([{"sample_id": self.ids[u], "member": p == "member"} for u, p in self.pools.items()])
+        for split, rows in (self.datasets | {"collected": collected}).items():
+            self.write_distances(split, rows)
         self.controls: dict[str, scored.Scored] = {}
         for name, about in sorted(targets.items(), key=lambda item: item[1]["role"] != "negative_control"):
             self.write_target(name, about)
@@ -173,10 +176,12 @@ class World:
             for kind in ("caption", "image", "metadata") for rank in range(1, 9)
         ]  # fmt: skip
         self.put(f"audit/{split}.telling.parquet", "telling", telling)
-        vectors = np.array([self.vectors[i] for i in dataset["sample_id"]])
+
+    def write_distances(self, split: str, rows: pl.DataFrame) -> None:
+        vectors = np.array([self.vectors[i] for i in rows["sample_id"]])
         spaces = {space: vectors[:, k] for k, space in enumerate(SPACES)}
-        found = distance.distances(spaces, dataset["member"].to_numpy(), 7, permutations=20)
-        self.put(f"distance/{split}.parquet", "distance", found)
+        found = distance.distances(spaces, rows["member"].to_numpy(), 7, permutations=20)
+        self.put(f"distance/{split}.parquet", "distance", found, DistanceOptions())
 
     def write_target(self, name: str, about: dict) -> None:
         full, strength, names = about["role"] != "checkpoint", STRENGTH.get(name, 0.0), []
@@ -381,6 +386,21 @@ def test_dedup_recall_and_precision(built: tuple[pathlib.Path, str]) -> None:
     assert "43 were dropped, 38 of them planted: a precision of 88.4 %" in text
 
 
+def test_distances_stand_at_each_moment_with_their_p_values(world: World, built: tuple[pathlib.Path, str]) -> None:
+    output, page = built
+    rows = csv_rows(output, "distances")
+    assert list(dict.fromkeys(row["split"] for row in rows)) == ["collected", "unsanitized", "sanitized"]
+    for row in (row for row in rows if row["metric"] == "kernel"):
+        where = {"space": row["space"], "metric": "kernel"}
+        kept = tables.read(world.folder / f"distance/{row['split']}.parquet", "distance").to_pylist()
+        (stored,) = (one for one in kept if where.items() <= one.items())
+        assert [float(row[name]) for name in ("value", "ci_low", "p_value")] == [
+            stored[name] for name in ("value", "ci_low", "p_value")
+        ]
+    text = " ".join(page.split())
+    assert "Before dedup: 300 members, 300 non-members; after: 240 and 240; sanitized: 240 and 240." in text
+
+
 def test_wilson_interval() -> None:
     low, high = summary.wilson(38, 40)
     assert (round(low, 4), round(high, 4)) == (0.8350, 0.9862)  # by hand: (38 + z^2/2 -+ ...) / (40 + z^2)
@@ -398,7 +418,7 @@ def test_same_bytes_in_another_process(world: World, built: tuple[pathlib.Path, 
 
 
 @pytest.mark.parametrize(
-    "gone", ["evaluation/neither.parquet", "distance/sanitized.parquet", "targets/memorised.json", "duplicates.parquet"]
+    "gone", ["evaluation/neither.parquet", "distance/collected.parquet", "targets/memorised.json", "duplicates.parquet"]
 )
 def test_missing_table_is_one_clear_error(world: World, tmp_path: pathlib.Path, gone: str) -> None:
     path, aside = world.folder / gone, tmp_path / "aside"

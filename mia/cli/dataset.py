@@ -246,19 +246,29 @@ def _by_id(table: pa.Table, ids: list[str]) -> pl.DataFrame:
 
 
 @click.command()
-@one("--dataset", "The dataset table.")
+@click.option("--dataset", type=PATH, help="The dataset table; or")
+@click.option("--duplicates", type=PATH, help="The duplicates table: members and candidates as they were before dedup.")
 @many("--embeddings", "embeddings", "Shards of the embeddings table.")
 @seed_option
 @one("--output", "The distance table.")
 @stage_options("distance")
-def distance(dataset: Any, embeddings: Any, seed: int, output: Any, options: Any) -> None:
+def distance(dataset: Any, duplicates: Any, embeddings: Any, seed: int, output: Any, options: Any) -> None:
     """How far apart members and non-members are in image and text space: Fréchet, kernel, and a classifier."""
     from mia import distance as stage
 
-    rows = tables.read(dataset, "dataset")
+    if (dataset is None) == (duplicates is None):
+        raise UserError("nothing to measure, or two things", "mia distance", "give --dataset or --duplicates")
+    rows = tables.read(dataset, "dataset") if dataset else _before_dedup(duplicates)
     vectors = common.embeddings_of(embeddings, rows)
     spaces = {space: tables.vectors(vectors[space]) for space in ("image", "text")}
     member, group = rows["member"].to_numpy(zero_copy_only=False), np.array(rows["group"].to_pylist())
     found = stage.distances(spaces, member, seed, options.permutations, group)
-    made = common.made_by("distance", options, seed, [dataset, *embeddings], libraries=("scipy",))
+    made = common.made_by("distance", options, seed, [dataset or duplicates, *embeddings], libraries=("scipy",))
     tables.write(output, found, "distance", made)
+
+
+def _before_dedup(path: pathlib.Path) -> pa.Table:
+    """All members and candidates that dedup saw, its duplicates too: sample_id, member, group."""
+    rows = tables.read(path, "duplicates", columns=("sample_id", "pool", "group")).sort_by("sample_id")
+    rows = rows.filter(pc.not_equal(rows["pool"], "control"))
+    return rows.append_column("member", pc.equal(rows["pool"], "member"))

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from mia.summary import Results, Target
 
 ROLES = ("main", "negative_control", "checkpoint")
-SPLITS = ("unsanitized", "sanitized")
 
 
 @click.command()
@@ -74,16 +73,18 @@ def _json(path: pathlib.Path) -> Any:
 def _results(folder: pathlib.Path, targets: dict[str, dict[str, Any]], planted: str) -> Results:
     """Everything the report needs and nothing else: captions are not even read, URLs only to look up planted pairs."""
     from mia import dedup
-    from mia.summary import Results
+    from mia.summary import MOMENTS, Results, drawn
 
     found = {name: _target(folder, name, about) for name, about in targets.items()}
-    files = {s: folder / "dataset" / f"{s}.parquet" for s in SPLITS} | {
-        "attacked": folder / "attacked/sanitized.parquet"
-    }
+    files = {split: folder / "dataset" / f"{split}.parquet" for split in ("unsanitized", "sanitized")}
+    files["attacked"] = folder / "attacked/sanitized.parquet"
     datasets = {s: frame(path, "dataset", ("sample_id", "member", "part", "group")) for s, path in files.items()}
-    ids, vectors = _vectors(folder / "embeddings", pl.concat(datasets.values())["sample_id"].unique())
     near = ("sample_id", "pool", "nearest_id", "distance", "method", "reason")
     duplicates = tables.read(folder / "duplicates.parquet", "duplicates", near)
+    seen = pl.DataFrame(pl.from_arrow(duplicates)).filter(pl.col("pool") != "control")
+    datasets["collected"] = seen.select("sample_id", member=pl.col("pool") == "member")
+    shown = pl.concat([drawn(datasets[moment]).select("sample_id") for moment in MOMENTS])["sample_id"].unique()
+    ids, vectors = _vectors(folder / "embeddings", shown)
     dropped = [frame(folder / "dropped" / f"{name}.parquet", "dropped") for name in ("metadata", "sanitized")]
     return Results(
         name=folder.resolve().name, targets=found, datasets=datasets,
@@ -91,7 +92,7 @@ def _results(folder: pathlib.Path, targets: dict[str, dict[str, Any]], planted: 
         audits={s: frame(folder / "audit" / f"{s}.parquet", "metrics") for s in files},
         blind_scores=frame(folder / "audit" / "attacked.scores.parquet", "scores"),
         telling=frame(folder / "audit" / "attacked.telling.parquet", "telling"),
-        distances={s: frame(folder / "distance" / f"{s}.parquet", "distance") for s in SPLITS},
+        distances={s: frame(folder / "distance" / f"{s}.parquet", "distance") for s in MOMENTS},
         vector_ids=ids, vectors=vectors, duplicates=pl.DataFrame(pl.from_arrow(duplicates)),
         planted=_planted(planted, folder / "metadata.parquet"), dropped=pl.concat(dropped),
         thresholds=pl.DataFrame(pl.from_arrow(dedup.threshold_curve(duplicates))),

@@ -44,7 +44,7 @@ wildcard_constraints:
     shard=r"\d+",
     pool="|".join(SOURCES),
     number=r"\d+",
-    split="sanitized|unsanitized|attacked",
+    split="collected|sanitized|unsanitized|attacked",
     model="|".join(MODELS) or "none",
     target="|".join(TARGETS),
     block=r"noised|clean|prompts|crops|gradients|generations|variations|start-[\d.a-z-]+",
@@ -115,6 +115,15 @@ def text_encoder_of(wildcards):
     method = config["sanitize"].get("method", STAGES["sanitize"].method)
     needed = wildcards.split == SPLIT and method in ("paper", "crossfitted")
     return [f"{RESULTS}/targets/{MAIN}.json"] if needed else []
+
+
+def measured(wildcards):
+    """What stands behind `distance/<split>`: a dataset, or, as `collected`, all that dedup saw."""
+    return (
+        f"{RESULTS}/duplicates.parquet"
+        if wildcards.split == "collected"
+        else f"{RESULTS}/dataset/{wildcards.split}.parquet"
+    )
 
 
 def audited(wildcards):

@@ -272,7 +272,7 @@ rule sanitize:
 
 rule distance:
     input:
-        dataset=rules.sanitize.output.dataset,
+        rows=measured,
         embeddings=all_shards("embeddings/{shard}.parquet"),
     output:
         f"{RESULTS}/distance/{{split}}.parquet",
@@ -289,9 +289,12 @@ rule distance:
         version=version("distance"),
         seed=SEED,
         options=flags("distance", config["distance"]),
+        rows=lambda wildcards: (
+            "--duplicates" if wildcards.split == "collected" else "--dataset"
+        ),
         embeddings=lambda wildcards, input: repeated("--embeddings", input.embeddings),
     shell:
-        "OMP_NUM_THREADS={threads} python -m mia distance --dataset {input.dataset} {params.embeddings} {params.options} --seed {params.seed}"
+        "OMP_NUM_THREADS={threads} python -m mia distance {params.rows} {input.rows} {params.embeddings} {params.options} --seed {params.seed}"
         " --output {output} 2>&1 | tee {log}"
 
 

@@ -1,13 +1,13 @@
 import json
 
-REPORT_VERSION = 4  # raise it when the report changes for the same tables
+REPORT_VERSION = 5  # raise it when the report changes for the same tables
 REPORT_FIGURES = {
     "roc": "Attacks",
     "controls": "Attacks",
     "costs": "Attacks",
     "tpr_by_timestep": "Attacks",
     "tpr_by_step": "Attacks",
-    "frechet": "Dataset",
+    "distances": "Dataset",
     "embedding_scatter": "Dataset",
     "dedup_distances": "Near-duplicates",
 }
@@ -18,6 +18,7 @@ REPORT_TABLES = {
     "protocols": "Attacks",
     "all_metrics": "Attacks",
     "blind_audits": "Dataset",
+    "distances": "Dataset",
     "telling": "Dataset",
     "attrition": "Dataset",
     "dropped": "Dataset",
@@ -31,9 +32,9 @@ REPORT_TABLES = {
     "provenance": "Provenance",
 }
 # What every caption in workflow/report says of the run; options that the configuration leaves out are filled in.
-CUT, RATES, NEAR, READ, BLIND = (
+CUT, RATES, NEAR, READ, BLIND, APART = (
     STAGES[stage](**config.get(stage, {}))
-    for stage in ("sanitize", "evaluation", "dedup", "features", "audit")
+    for stage in ("sanitize", "evaluation", "dedup", "features", "audit", "distance")
 )
 SIDE = f"at most {CUT.max_per_side}" if CUT.max_per_side else "all remaining"
 REPORT_WORDS = {
@@ -54,6 +55,7 @@ REPORT_WORDS = {
     "sanitize": f"method {CUT.method}, a member stays above {CUT.keep_above}",
     "dedup": f"L2 distance below {NEAR.max_distance}, or at most {NEAR.max_hamming} of 64 hash bits",
     "planted": config["report"]["planted"] or "none",
+    "shuffles": APART.permutations,
     "encoder": config["embeddings"]["model"],
 }
 
@@ -79,7 +81,8 @@ rule report:
         blind_scores=f"{RESULTS}/audit/attacked.scores.parquet",
         telling=f"{RESULTS}/audit/attacked.telling.parquet",
         distance=expand(
-            f"{RESULTS}/distance/{{split}}.parquet", split=["sanitized", "unsanitized"]
+            f"{RESULTS}/distance/{{split}}.parquet",
+            split=["collected", "sanitized", "unsanitized"],
         ),
         embeddings=all_shards("embeddings/{shard}.parquet"),
         duplicates=rules.dedup.output,
