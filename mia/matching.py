@@ -59,6 +59,7 @@ class Matched:
         rounds: one report for each round, in plain Python types; the last one audits the pairs.
         balance: standardised mean difference of each named feature, before and after.
         passed: whether the last audit found no attacker above chance.
+        caliper: within which they were paired: that of the options, or wider where it left fewer than `min_keep`.
     """
 
     keep: np.ndarray
@@ -67,6 +68,7 @@ class Matched:
     rounds: list[dict]
     balance: list[dict]
     passed: bool
+    caliper: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +115,7 @@ def matched(
     rows = np.flatnonzero(reason == None)  # noqa: E711 - elementwise
     attackers = [attacker for view in views for attacker in attackers_of(view)]
     rows, first, rounds = _thin_until_fair(attackers, rows, member, code, reason, options, seed)
-    pair = _paired_enough(first.odds, rows, member, code, options)
+    pair, caliper = _paired_enough(first.odds, rows, member, code, options)
     keep = pair >= 0
     if not (rounds[-1]["passed"] and keep[rows].all()):
         reason[rows[~keep[rows]]] = NO_PARTNER
@@ -121,7 +123,7 @@ def matched(
         rounds.append(_look(0, attackers, rows, member, code, first, options, seed)[1] | {"round": "pairs"})
     if not rounds[-1]["passed"]:
         log.warning("the audit of the matched samples did not pass; the report says which attacker tells what")
-    return Matched(keep, pair, reason, rounds, balance_of(views, member, keep), rounds[-1]["passed"])
+    return Matched(keep, pair, reason, rounds, balance_of(views, member, keep), rounds[-1]["passed"], caliper)
 
 
 def _thin_until_fair(
@@ -170,13 +172,13 @@ def _look(
 
 def _paired_enough(
     odds: np.ndarray, rows: np.ndarray, member: np.ndarray, code: np.ndarray, options: SanitizeOptions
-) -> np.ndarray:
-    """As `paired`; where the rounds stopped too early for `min_keep` pairs, the caliper is doubled until it is met."""
+) -> tuple[np.ndarray, float]:
+    """As `paired`, and the caliper, doubled until there are `min_keep` pairs, for the rounds may have stopped early."""
     caliper, fewest = options.caliper, options.min_keep * _smaller(member)
     while True:
         pair = paired(odds, rows, member, code, caliper)
         if (pair >= 0).sum() / 2 >= fewest or caliper > np.ptp(odds[rows]):
-            return pair
+            return pair, caliper
         caliper *= 2
         log.warning("too few pairs within the caliper; it is widened to %.2f", caliper)
 

@@ -161,6 +161,14 @@ def test_as_many_pairs_as_the_caliper_allows():
     assert pair.tolist() == [5, -1, 6, 7, -1, 0, 2, 3, -1]
 
 
+def test_the_caliper_is_doubled_until_enough_are_paired_and_told():
+    odds, member = np.array([0.0, 1.0, 2.0, 0.4, 1.4, 2.9]), np.arange(6) < 3
+    for min_keep, wanted, caliper in ((0.0, 0, 0.25), (0.6, 2, 0.5), (1.0, 3, 1.0)):
+        options = SanitizeOptions(min_keep=min_keep, caliper=0.25)
+        pair, used = matching._paired_enough(odds, np.arange(6), member, np.arange(6), options)
+        assert ((pair[:3] >= 0).sum(), used) == (wanted, caliper)
+
+
 def test_groups_stay_or_go_whole_and_those_on_both_sides_go():
     said, member, _ = planted(5)
     group = np.where(member, 0, 1000) + np.random.default_rng(5).integers(0, 300, 2 * N)

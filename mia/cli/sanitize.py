@@ -125,7 +125,7 @@ def _matched(
     if images is not None:
         views.append(matching.View("image", blind.of_images(ids, images), blind.IMAGE_STATISTICS))
     found = matching.matched(views, member, group, options, seed)
-    report = {"rounds": found.rounds, "balance": found.balance, "passed": found.passed}
+    report = {"rounds": found.rounds, "balance": found.balance, "passed": found.passed, "caliper": found.caliper}
     return Chosen(found.keep, found.reason, report)
 
 
