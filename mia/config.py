@@ -109,7 +109,7 @@ class SanitizeOptions:
     on chunks of members (`laion-mi/` of arXiv 2306.12983), `crossfitted` its classifiers for pools too small for that.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     method: str = "matched"
     folds: int = 5
     max_rounds: int = 15

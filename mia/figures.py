@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from mia.summary import ATTACKS, CHOSEN, LOSSES, MOMENTS, attack_label, percent
+from mia.summary import ATTACKS, LOSSES, MOMENTS, attack_label, percent
 from mia.verdict import p_words
 
 BLUE, ORANGE, GREEN, SKY, VERMILLION, PURPLE = "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#D55E00", "#CC79A7"
@@ -27,7 +27,11 @@ INK, FAINT = "#333333", "#888888"
 MAIN, MEMBER, NONMEMBER = BLUE, BLUE, ORANGE
 GREYS = ("#6e6e6e", "#a8a8a8", "#8a8a8a")
 CYCLE = ((VERMILLION, "D"), (GREEN, "s"), (ORANGE, "^"), (SKY, "v"), (PURPLE, "P"))
-DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)))
+DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
+OWN_COLOUR = (  # most often seen together
+    "baseline_loss_threshold", "partial_denoising", "reversed_noising", "reversed_noising_regular_cfg",
+    "logistic_regression",
+)  # fmt: skip
 CHANCE: dict[str, Any] = {"color": INK, "linestyle": (0, (4, 3)), "linewidth": 0.8, "zorder": 1.5}
 MAX_MARKERS = 15  # a line with more points goes without markers
 WIDE, COLUMN = 7.0, 3.5  # inches: the text and a column of a two-column page
@@ -79,7 +83,7 @@ def rendered(figure: Figure, kind: str) -> bytes:
 
 def _look(attack: str) -> dict[str, Any]:
     """The colour, marker and dashes that an attack keeps in every figure of the main target."""
-    known = [name for name in ATTACKS if name != CHOSEN and not name.startswith("blind_")]
+    known = list(dict.fromkeys((*OWN_COLOUR, *(name for name in ATTACKS if not name.startswith("blind_")))))
     place = known.index(attack) if attack in known else len(known)
     colour, marker = CYCLE[place % len(CYCLE)]
     return {"color": colour, "marker": marker, "linestyle": DASHES[place // len(CYCLE) % len(DASHES)]}
@@ -277,7 +281,9 @@ def distances(rows: pl.DataFrame) -> Figure:
             _beside_chance(axes, y, *here.rows(named=True))
         axes.set_xlabel(label)
         axes.locator_params(axis="x", nbins=4)
-        axes.margins(x=0.2)
+        axes.use_sticky_edges = False
+        left, right = axes.get_xlim()
+        axes.set_xlim(left, right + 0.3 * (right - left))  # room for the last p-value
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
     panels[0].set_yticks(range(len(places)), [f"{space}, {MOMENTS[split]}" for space, split in places])
@@ -295,8 +301,8 @@ def _beside_chance(axes: Axes, y: float, found: dict[str, Any], chance: dict[str
     axes.plot(found["value"], y, marker="o", markersize=4.5, linestyle="", color=MAIN, label=label, zorder=3)
     if found["ci_low"] is not None:
         axes.hlines(y, found["ci_low"], found["ci_high"], color=MAIN, linewidth=1.1, zorder=3)
-    said = f"{found['value']:#.2g}, {p_words(found['p_value'])}"
-    axes.annotate(said, (found["value"], y), (0, 5), textcoords="offset points", ha="center", fontsize=6)
+    right = max(high, found["value"] if found["ci_high"] is None else found["ci_high"])
+    axes.annotate(p_words(found["p_value"]), (right, y), (4, 0), textcoords="offset points", va="center", fontsize=6.5)
 
 
 @styled

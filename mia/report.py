@@ -23,6 +23,7 @@ from mia.summary import CHOSEN, Results, Target, attack_label, percent, reported
 from mia.verdict import listed, p_words, verdict
 
 SCREEN_SCALE = 1.3  # figures are drawn in a journal's size; a screen is read from farther away
+MAX_CURVES = 10  # of the main target in the figure of ROC curves
 SHOWN_FEATURES = 5  # of each blind baseline on the page; the rest is in the CSV
 
 
@@ -69,13 +70,14 @@ UNPRINTED = ("all_metrics", "distances")  # in their files only
 def _roc(results: Results) -> Figure | str:
     curves = []
     chosen = summary.attacks(results)
-    for row in chosen.filter(pl.col("kind") == "main", pl.col("attack") != CHOSEN).iter_rows(named=True):
+    shown = chosen.filter(pl.col("kind") == "main", pl.col("attack").is_in(summary.leading(results, MAX_CURVES)))
+    for row in shown.iter_rows(named=True):
         label = _named(row["attack"], row["variant"])
         curves.append(_curve(results, results.main.scores, row["attack"], row["variant"], label, "main"))
     for control in results.controls:
         best = chosen.filter(pl.col("target") == control.name, pl.col("attack") == CHOSEN)["variant"].item()
         attack, _, variant = best.partition(" ")
-        label = f"Control {control.name}, its best of all:\n{_named(attack, variant).lower()}"
+        label = f"Control {control.name}, its best of all:\n{_named(attack, variant)}"
         curves.append(_curve(results, control.scores, attack, variant, label, "control"))
     blind = sorted(set(results.blind_scores["attack"]))
     if blind:
@@ -238,7 +240,8 @@ def page(results: Results, found: dict[str, pl.DataFrame], svgs: dict[str, bytes
         "figures": {name: inline(svg, name) for name, svg in svgs.items() if name not in absent},
         "test": best[0], "fpr_targets": results.fpr_targets, "tpr_keys": [tpr_key(t) for t in results.fpr_targets],
         "notes": Notes(), "libraries": summary.libraries(results), "planted": _planted(results),
-        "splits": _sizes(results), "max_points": summary.MAX_POINTS, "shown_features": SHOWN_FEATURES,
+        "splits": _sizes(results), "max_points": summary.MAX_POINTS, "max_curves": MAX_CURVES,
+        "shown_features": SHOWN_FEATURES,
         "draws": results.made.get("features", {}).get("options", {}).get("draws"),
     }  # fmt: skip
     return environment.get_template("report.html.j2").render(context)

@@ -188,10 +188,19 @@ def attacks(results: Results) -> pl.DataFrame:
 
 
 def best_blind(results: Results) -> str | None:
-    """The blind baseline that is best on calibration, by TPR at the first target, ties by AUC."""
-    rows = wide(reported(results.audits["attacked"], "calibration"), results.fpr_targets)
-    rows = rows.sort(tpr_key(results.fpr_targets[0]), "auc", descending=True, nulls_last=True)
-    return rows["attack"][0] if len(rows) else None
+    """The blind baseline that is best on calibration."""
+    return next(iter(_best(results.audits["attacked"], results)), None)
+
+
+def leading(results: Results, count: int) -> list[str]:
+    """The seed paper's attacks on the main target, of more than `count` those that are best on calibration."""
+    return [name for name in _best(of_study(results.main.metrics), results) if name != CHOSEN][:count]
+
+
+def _best(metrics: pl.DataFrame, results: Results) -> pl.Series:
+    """Attacks from the best on calibration to the worst, by TPR at the first target, ties by AUC."""
+    rows = wide(reported(metrics, "calibration"), results.fpr_targets)
+    return rows.sort(tpr_key(results.fpr_targets[0]), "auc", descending=True, nulls_last=True)["attack"]
 
 
 def comparison(results: Results) -> pl.DataFrame:

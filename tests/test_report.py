@@ -23,6 +23,7 @@ from mia import distance, evaluation, rng, scored, summary, tables
 from mia import report as stage
 from mia import verdict as verdicts
 from mia.cli import common
+from mia.cli import report as cli_report
 from mia.cli.report import report
 from mia.config import DedupOptions, DistanceOptions, EvaluationOptions, FeaturesOptions, SanitizeOptions
 from mia.errors import UserError
@@ -323,6 +324,18 @@ def test_csv_keeps_full_precision(world: World, built: tuple[pathlib.Path, str])
     row = rows["neither", "partial_denoising"]
     auc = metric(world, "neither", "partial_denoising", None)
     assert float(row["auc"]) == auc["value"] and float(row["auc_high"]) == auc["ci_high"]
+
+
+def test_the_roc_figure_shows_few_curves_of_the_study_alone(world: World) -> None:
+    results = cli_report._results(world.folder, cli_report._targets(json.dumps(world.targets)), "")
+    rows = results.main.metrics.filter(method="holdout", part="calibration", metric="tpr", fpr_target=0.01)
+    reported = rows.filter(pl.col("attack").is_in([*TIMESTEPS, "random_forest"])).sort("value", descending=True)
+    assert reported["value"][1] > reported["value"][2]  # no tie at the cut
+    assert set(summary.leading(results, 2)) == set(reported["attack"][:2])
+    others = pl.col("attack").replace({reported["attack"][0]: "sima"})
+    main = dataclasses.replace(results.main, metrics=results.main.metrics.with_columns(others))
+    without = dataclasses.replace(results, targets=results.targets | {main.name: main})
+    assert set(summary.leading(without, 99)) == {*TIMESTEPS, "random_forest"} - {reported["attack"][0]}
 
 
 def test_blank_value_says_why(world: World, built: tuple[pathlib.Path, str]) -> None:
