@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import pyarrow as pa
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_info
 
-from mia import search
+from mia import dedup, search
 
 QUERIES, REFERENCE, WIDTH, K = 2_000, 100_000, 768, 10
 GFLOP = 2 * QUERIES * REFERENCE * WIDTH / 1e9
@@ -93,16 +94,23 @@ def nearest(queries: np.ndarray, vectors: np.ndarray) -> None:
 
 
 def groups(vectors: np.ndarray) -> None:
-    """Links within 20,000 vectors, and within a million hashes."""
-    some = vectors[:10_000].copy()
-    some[5_000:] = vectors[-10_000:-5_000]
+    """Links of two shards of 10,000 vectors, and within a million hashes; the nearest of hashes."""
+    own = np.concatenate([vectors[:5_000], vectors[-5_000:]])  # the near-duplicates of either half lie in the other
+    other = np.concatenate([vectors[5_000:10_000], vectors[-10_000:-5_000]])
+    ids, others = (np.char.mod(f"{letter}%04d", np.arange(10_000)) for letter in "ab")
+    found: list[pa.Table] = []
     with Peak() as peak:
-        linked = search.Components(len(some))
-        took = seconds(search.link_near, linked, some, 0.5)
-    count = len(np.unique(linked.labels()))
-    print(f"groups of {len(some):,} vectors: {took[0]:.1f} s, {count:,} groups, {peak.most:.2f} GB")
+        shard = search.in_memory("others", others, other)
+        took = seconds(lambda: found.append(search.links(pa.array(ids), own, [shard], 0.5)))
+    rate = 1.5e8 * 2 * WIDTH / 1e9 / took
+    print(
+        f"links of 10,000 vectors and 10,000 others: {rate[0]:.0f} GFLOP per wall-second, {rate[1]:.0f} per CPU-second,"
+        f" {len(found[0]):,} links, {peak.most:.2f} GB"
+    )
     hashes = np.random.default_rng(0).integers(0, 2**64, 1_000_000, dtype=np.uint64)
     hashes[:1000] = hashes[-1000:] ^ np.uint64(0b10110)
+    rate = 1e-9 * len(hashes) * 1_000 / seconds(dedup.hamming_nearest, hashes[:1_000], hashes)
+    print(f"nearest of 1,000 x 1,000,000 hashes: {rate[0]:.1f} G pairs per wall-second, {rate[1]:.1f} per CPU-second")
     with Peak() as peak:
         linked = search.Components(len(hashes))
         took = seconds(search.link_hashes, linked, hashes, 6)

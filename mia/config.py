@@ -93,7 +93,10 @@ class NeighboursOptions:
 
 @dataclasses.dataclass(frozen=True)
 class DedupOptions:
-    """A candidate closer than this to a member is a duplicate. Source: arXiv 2306.12983, L2 < 0.5 of unit CLIP."""
+    """A candidate closer than this to a member is a duplicate. Source: arXiv 2306.12983, L2 < 0.5 of unit CLIP.
+
+    Options and version of `matches`, `links` and `dedup`, which are one stage in three jobs.
+    """
 
     version: ClassVar[int] = 2
     max_distance: float = 0.5

@@ -3,13 +3,16 @@
 Source: arXiv 2306.12983 keeps a candidate as a non-member iff its L2 distance, between unit CLIP embeddings, to every
 retrieved training image is at least 0.5. We add a perceptual hash, search all members exactly instead of a retrieval
 service, and give every near-duplicate or same-caption group within the dataset one name, so that folds keep it whole.
+
+`match` decides who is dropped, `search.links` finds look-alikes among the kept, in as many jobs as there are shards,
+`group` joins them; `deduplicate` does all three at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +22,7 @@ from mia import search
 from mia.config import DedupOptions
 from mia.errors import UserError
 
-PAIRS = 2**18  # hashes compared at a time: 2 MB, which caches hold
+PAIRS, TILE = 2**18, 2**13  # pairs and reference hashes compared at a time: 2 MB, which caches hold
 AGAINST = {"candidate": ("member",), "control": ("member", "candidate")}  # what each pool is held against
 
 # Pairs that the authors judged by eye, by distance: low, high, share of true duplicates; 10 pairs x 10 candidates each.
@@ -57,44 +60,64 @@ def against_own(
 
 
 def hamming_nearest(queries: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Index and number of differing bits of each query's nearest reference hash: int64[n], int64[n]."""
-    index, distance = np.empty(len(queries), dtype=np.int64), np.empty(len(queries), dtype=np.int64)
-    for rows, bits in _hamming(queries, reference):
-        index[rows], distance[rows] = bits.argmin(1), bits.min(1)
+    """Index and number of differing bits of each query's nearest reference hash: int64[n], int64[n].
+
+    The first of equals. Every pair is looked at, on as many threads as BLAS may use.
+    """
+    index, distance = np.zeros(len(queries), dtype=np.int64), np.full(len(queries), 65)
+    tile = min(TILE, PAIRS, len(reference))
+    block = max(1, PAIRS // tile)
+
+    def fill(start: int) -> None:
+        some = slice(start, start + block)
+        for first in range(0, len(reference), tile):
+            bits = np.bitwise_count(queries[some, None] ^ reference[None, first : first + tile])
+            at = bits.argmin(1)
+            least = bits[np.arange(len(at)), at]
+            closer = least < distance[some]
+            index[some][closer], distance[some][closer] = first + at[closer], least[closer]
+
+    with search.each_thread() as each:
+        each(fill, range(0, len(queries), block))
     return index, distance
 
 
-def _hamming(queries: np.ndarray, reference: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Differing bits of every pair, a slice of the queries at a time: uint8[slice, n_reference]."""
-    block = max(1, PAIRS // len(reference))
-    for start in range(0, len(queries), block):
-        rows = slice(start, start + block)
-        yield rows, np.bitwise_count(queries[rows, None] ^ reference[None, :])
-
-
 def deduplicate(samples: Sample, options: DedupOptions, neighbours: pa.Table | None = None) -> pa.Table:
-    """The duplicates table: for each sample its nearest reference, why it is dropped (or null), and its group.
+    """The duplicates table of samples that fit in memory: `match`, the links of all that is kept, and `group`.
+
+    Without `neighbours` our own members are searched here and now.
+    """
+    near = _own_neighbours(samples) if neighbours is None else neighbours
+    matches = match(samples.ids, samples.pools, samples.phash, near, options)
+    kept = np.flatnonzero(is_kept(matches))
+    ids = pa.array(samples.ids[kept], pa.string())
+    links = search.links(ids, search.Rows(samples.embeddings, kept), (), options.max_distance)
+    return group(matches, samples.captions, [links], options)
+
+
+def match(
+    ids: np.ndarray, pools: np.ndarray, phash: np.ndarray, neighbours: pa.Table, options: DedupOptions
+) -> pa.Table:
+    """The matches table: for each sample its nearest reference and why it is dropped (or null).
 
     `neighbours` is what `mia neighbours` found for the candidates and control rows among all training images, merged
-    (see `search.merge`); without it our own members are searched here and now. Hashes are held against our own only.
+    (see `search.merge`). Hashes are held against our own only.
+
+    Raises:
+        UserError: neighbours of a sample that is not among `ids`.
     """
-    if neighbours is None:
-        neighbours = _own_neighbours(samples)
-    n = len(samples.ids)
+    n = len(ids)
     near: dict[str, np.ndarray] = {
         "nearest_id": np.full(n, None, dtype=object), "distance": np.full(n, np.nan),
         "hamming": np.full(n, -1), "method": np.full(n, None, dtype=object), "reason": np.full(n, None, dtype=object),
     }  # fmt: skip
-    _mark_by_distance(near, samples, neighbours, options)
-    _mark_by_hash(near, samples, options)
-    kept = np.flatnonzero(near["reason"] == None)  # noqa: E711 - elementwise on an object array
-    group = samples.ids.copy()
-    group[kept] = groups(samples, kept, options)
+    _mark_by_distance(near, ids, neighbours, options)
+    _mark_by_hash(near, ids, pools, phash, options)
     return pa.table(
         {
-            "sample_id": pa.array(samples.ids, pa.string()),
-            "pool": pa.array(samples.pools, pa.string()),
-            "group": pa.array(group, pa.string()),
+            "sample_id": pa.array(ids, pa.string()),
+            "pool": pa.array(pools, pa.string()),
+            "phash": pa.array(phash, pa.uint64()),
             "nearest_id": pa.array(near["nearest_id"], pa.string()),
             "distance": pa.array(near["distance"], mask=np.isnan(near["distance"])),
             "hamming": pa.array(near["hamming"].astype(np.int32), mask=near["hamming"] < 0),
@@ -102,6 +125,11 @@ def deduplicate(samples: Sample, options: DedupOptions, neighbours: pa.Table | N
             "reason": pa.array(near["reason"], pa.string()),
         }
     )
+
+
+def is_kept(matches: pa.Table) -> np.ndarray:
+    """Which rows have no reason to be dropped: bool[n]."""
+    return pc.is_null(matches["reason"]).to_numpy()
 
 
 def _own_neighbours(samples: Sample) -> pa.Table:
@@ -112,10 +140,10 @@ def _own_neighbours(samples: Sample) -> pa.Table:
 
 
 def _mark_by_distance(
-    near: dict[str, np.ndarray], samples: Sample, neighbours: pa.Table, options: DedupOptions
+    near: dict[str, np.ndarray], ids: np.ndarray, neighbours: pa.Table, options: DedupOptions
 ) -> None:
     first = neighbours.filter(pc.equal(neighbours["rank"], 1))
-    row = pc.index_in(first["sample_id"], pa.array(samples.ids, pa.string()))
+    row = pc.index_in(first["sample_id"], pa.array(ids, pa.string()))
     if row.null_count:
         alien = first.filter(pc.is_null(row))["sample_id"][0].as_py()
         raise UserError("a neighbours table has a sample that the embeddings lack", alien, "make both from one run")
@@ -126,34 +154,56 @@ def _mark_by_distance(
     near["method"][found], near["reason"][found] = "clip", "near-duplicate"
 
 
-def _mark_by_hash(near: dict[str, np.ndarray], samples: Sample, options: DedupOptions) -> None:
+def _mark_by_hash(
+    near: dict[str, np.ndarray], ids: np.ndarray, pools: np.ndarray, phash: np.ndarray, options: DedupOptions
+) -> None:
     for pool, against in AGAINST.items():
-        query, reference = np.flatnonzero(samples.pools == pool), np.flatnonzero(np.isin(samples.pools, against))
+        query, reference = np.flatnonzero(pools == pool), np.flatnonzero(np.isin(pools, against))
         if not len(query) or not len(reference):
             continue
-        index, bits = hamming_nearest(samples.phash[query], samples.phash[reference])
+        index, bits = hamming_nearest(phash[query], phash[reference])
         near["hamming"][query] = bits
         by_hash, by_clip = bits <= options.max_hamming, near["method"][query] == "clip"
         near["method"][query[by_hash]] = np.where(by_clip[by_hash], "clip+phash", "phash")
         near["reason"][query[by_hash]] = "near-duplicate"
         only = by_hash & ~by_clip
-        near["nearest_id"][query[only]] = samples.ids[reference[index[only]]]
+        near["nearest_id"][query[only]] = ids[reference[index[only]]]
 
 
-def groups(samples: Sample, rows: np.ndarray, options: DedupOptions) -> np.ndarray:
-    """For each of `rows` the smallest sample id among those linked to it by look-alike images or one caption."""
-    linked = search.Components(len(rows))
-    search.link_near(linked, search.Rows(samples.embeddings, rows), options.max_distance)
-    search.link_hashes(linked, samples.phash[rows], options.max_hamming)
+def group(matches: pa.Table, captions: np.ndarray, links: Iterable[pa.Table], options: DedupOptions) -> pa.Table:
+    """The duplicates table: the matches, and the group of each sample.
+
+    A kept sample's group is the smallest id among the kept that look-alike images or one caption link to it, a dropped
+    sample's its own. `captions`, object[n], are in the order of the matches; `links` are what `search.links` found
+    among the kept.
+
+    Raises:
+        UserError: links of a sample that is not kept.
+    """
+    kept = is_kept(matches)
+    some = matches.filter(pa.array(kept))
+    linked = search.Components(len(some))
+    search.link_found(linked, some["sample_id"].combine_chunks(), links)
+    search.link_hashes(linked, some["phash"].to_numpy(), options.max_hamming)
+    linked.link(np.arange(len(some)), _same(captions[kept]))
+    names = matches["sample_id"].to_numpy()
+    group = names.copy()
+    group[kept] = _smallest(names[kept], linked.labels())
+    return matches.drop_columns("phash").add_column(2, "group", pa.array(group, pa.string()))
+
+
+def _same(captions: np.ndarray) -> np.ndarray:
+    """The first row with each row's caption, by casefold: int64[n]."""
     first: dict[str, int] = {}
-    captions = (caption.casefold() for caption in samples.captions[rows])
-    same = np.fromiter((first.setdefault(c, i) for i, c in enumerate(captions)), np.int64, len(rows))
-    linked.link(np.arange(len(rows)), same)
-    label = linked.labels()
-    by_id = np.argsort(samples.ids[rows], kind="stable")
-    _, smallest, which = np.unique(label[by_id], return_index=True, return_inverse=True)
-    names = np.empty(len(rows), dtype=object)
-    names[by_id] = samples.ids[rows][by_id[smallest[which]]]
+    folded = (caption.casefold() for caption in captions)
+    return np.fromiter((first.setdefault(caption, row) for row, caption in enumerate(folded)), np.int64, len(captions))
+
+
+def _smallest(ids: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The smallest id with each row's label: object[n]."""
+    by_id = np.argsort(ids, kind="stable")
+    names = np.empty(len(ids), dtype=object)
+    names[by_id] = ids[by_id][search.firsts(labels[by_id])]
     return names
 
 

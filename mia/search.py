@@ -218,19 +218,23 @@ def _search(
     rows, far = np.full((len(near), k), -1), np.full((len(near), k), np.inf)
     room = np.empty((max(reference.lengths, default=0), near.shape[1]), np.float32)
     first = 0
-    with _each() as each:
+    with each_thread() as each:
         for part in progress(reference.parts):
             stored = part()
             if not len(stored):
                 continue
-            if stored.shape[1] != near.shape[1]:
-                what = f"vectors have {stored.shape[1]} entries, the queries' have {near.shape[1]}"
-                raise UserError(what, reference.name, "embed both with one model")
+            _refuse_another_width(stored, near, reference.name)
             screen = over(unit(stored, reference.name, reference.ids[first : first + len(stored)], room))
             one = functools.partial(_search_block, queries, near, stored, screen, first, rank, rows, far)
             each(one, _slices(len(near), QUERIES))
             first += len(stored)
     return rows, far
+
+
+def _refuse_another_width(stored: Vectors, queries: Vectors | Rows, name: str) -> None:
+    if stored.shape[1] != queries.shape[1]:
+        what = f"vectors have {stored.shape[1]} entries, the queries' have {queries.shape[1]}"
+        raise UserError(what, name, "embed both with one model")
 
 
 def _search_block(
@@ -244,7 +248,7 @@ def _search_block(
 
 
 @contextlib.contextmanager
-def _each() -> Iterator[Callable[[Callable, Iterable], list]]:
+def each_thread() -> Iterator[Callable[[Callable, Iterable], list]]:
     """A `for` that calls a function on as many items at a time as BLAS may use threads, each with BLAS on one thread.
 
     So the passes between the products, which numpy does on one thread, are shared out as well.
@@ -353,12 +357,22 @@ def neighbours(query_ids: np.ndarray, reference: Reference, rows: np.ndarray, ap
 
 def merge(found: Iterable[pa.Table], k: int) -> pa.Table:
     """The k nearest of each sample over any number of neighbours tables: the table of one search through all."""
-    pending = [SCHEMAS["neighbours"].empty_table()]
+    merged = SCHEMAS["neighbours"].empty_table()
+    for some in _gathered(found):
+        merged = _first(pa.concat_tables([merged, some]), k)
+    return merged
+
+
+def _gathered(found: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The rows of many tables in few."""
+    pending: list[pa.Table] = []
     for table in found:
         pending.append(table)
         if sum(len(some) for some in pending) > MERGED:
-            pending = [_first(pa.concat_tables(pending), k)]
-    return _first(pa.concat_tables(pending), k)
+            yield pa.concat_tables(pending)
+            pending = []
+    if pending:
+        yield pa.concat_tables(pending)
 
 
 def _first(table: pa.Table, k: int) -> pa.Table:
@@ -411,6 +425,76 @@ class Components:
         return self._labels
 
 
+def firsts(labels: np.ndarray) -> np.ndarray:
+    """For each entry the first entry with its label: int64[n]."""
+    _, first, which = np.unique(labels, return_index=True, return_inverse=True)
+    return first[which]
+
+
+def links(
+    ids: pa.Array, vectors: Vectors | Rows, others: Sequence[Reference], radius: float, progress: Progress = iter
+) -> pa.Table:
+    """The links table of rows closer than `radius` at unit length: within `vectors`, and between these and the others.
+
+    Not every such pair: so few that they make the same groups, at most one for each row. One part of the others is in
+    memory at a time.
+
+    Raises:
+        UserError: vectors of another width, or some that `unit` refuses.
+    """
+    groups, found = Components(len(ids)), [SCHEMAS["links"].empty_table()]
+    link_near(groups, vectors, radius)
+    for other in progress(others):
+        first = 0
+        for part in other.parts:
+            block = part()
+            _refuse_another_width(block, vectors, other.name)
+            i, j = _joined(groups, vectors, block, radius)
+            found.append(_links(other.ids.take(pa.array(first + j)), ids.take(pa.array(i))))
+            first += len(block)
+    first_of_group = firsts(groups.labels())
+    later = np.flatnonzero(first_of_group != np.arange(len(ids)))
+    found.append(_links(ids.take(pa.array(later)), ids.take(pa.array(first_of_group[later]))))
+    return pa.concat_tables(found)
+
+
+def _links(ids: pa.Array, linked: pa.Array) -> pa.Table:
+    return pa.table([ids, linked], schema=SCHEMAS["links"])
+
+
+def _joined(groups: Components, vectors: Vectors | Rows, block: Vectors, radius: float) -> Pairs:
+    """A link to one of `vectors` for each row of `block` that is near any; what the block joins, `groups` joins."""
+    n = len(vectors)
+    both = Components(n + len(block))
+    both.link(np.arange(n), firsts(groups.labels()))
+    both.labels()  # so that pairs of what is one group already are seen as such
+    for i, j, _ in radius_pairs(vectors, radius, lambda i, j: both.apart(i, n + j), block):
+        both.link(i, n + j)
+    first = firsts(both.labels())
+    groups.link(np.arange(n), first[:n])
+    near = np.flatnonzero(first[n:] < n)
+    return first[n + near], near
+
+
+def link_found(groups: Components, ids: pa.Array, found: Iterable[pa.Table]) -> None:
+    """Link the rows, whose ids are `ids`, that any number of links tables name.
+
+    Raises:
+        UserError: a links table names a sample that is not among them.
+    """
+    for table in _gathered(found):
+        i, j = (_rows_of(table[column], ids) for column in ("sample_id", "linked_id"))
+        groups.link(i, j)
+
+
+def _rows_of(names: pa.ChunkedArray, ids: pa.Array) -> np.ndarray:
+    rows = pc.index_in(names, ids)
+    if rows.null_count:
+        alien = names.filter(pc.is_null(rows))[0].as_py()
+        raise UserError("a links table has a sample that was not kept", alien, "make links of these matches")
+    return rows.to_numpy()
+
+
 def link_near(groups: Components, vectors: Vectors | Rows, radius: float) -> None:
     """Link all rows closer than `radius` at unit length; pairs that are one group already are not looked at again."""
     for i, j, _ in radius_pairs(vectors, radius, groups.apart):
@@ -418,25 +502,29 @@ def link_near(groups: Components, vectors: Vectors | Rows, radius: float) -> Non
 
 
 def radius_pairs(
-    vectors: Vectors | Rows, radius: float, wanted: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    vectors: Vectors | Rows, radius: float, wanted: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
+    others: Vectors | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:  # fmt: skip
     """Every pair i < j of rows closer than `radius` at unit length, with its distance, some at a time.
 
-    Exact: half a matrix product in time, blocks in memory. `wanted` says which pairs are worth an exact distance.
+    With `others`, i is a row of `vectors` and j any row of theirs. Exact: in time a matrix product, or half of one
+    without others; blocks in memory. `wanted` says which pairs are worth an exact distance.
 
     Raises:
         UserError: a vector that `unit` refuses.
     """
+    right = vectors if others is None else others
     floor = np.float32(1 - radius**2 / 2 - margin(vectors.shape[1])) if radius > 0 else np.inf
     blocks = _slices(len(vectors), 2 * TILE) if radius > 0 else []
     for number, rows in enumerate(blocks):
         left = unit(vectors[rows], "embeddings")
-        for columns in blocks[number:]:
-            right = left if columns == rows else unit(vectors[columns], "embeddings")
-            for i, j in _close(left, right, floor):
-                i, j = i + rows.start, j + columns.start
+        for columns in blocks[number:] if others is None else _slices(len(right), 2 * TILE):
+            same = others is None and columns == rows
+            for i, j in _close(left, left if same else unit(right[columns], "embeddings"), floor):
+                keep = i < j if same else slice(None)
+                i, j = i[keep] + rows.start, j[keep] + columns.start
                 for some in _slices(len(i), 2**16):
-                    yield from _within(vectors, i[some], j[some], radius, wanted)
+                    yield from _within(vectors, i[some], right, j[some], radius, wanted)
 
 
 def _close(left: np.ndarray, right: np.ndarray, floor: np.float32 | float) -> Iterator[Pairs]:
@@ -446,12 +534,13 @@ def _close(left: np.ndarray, right: np.ndarray, floor: np.float32 | float) -> It
             yield i + rows.start, j + tile.start
 
 
-def _within(vectors: Vectors | Rows, i: np.ndarray, j: np.ndarray, radius: float, wanted: Any) -> Iterator[tuple]:
-    keep = i < j
+def _within(
+    left: Vectors | Rows, i: np.ndarray, right: Vectors | Rows, j: np.ndarray, radius: float, wanted: Any
+) -> Iterator[tuple]:
     if wanted is not None:
-        keep &= wanted(i, j)
-    i, j = i[keep], j[keep]
-    apart = distances(vectors, i, vectors, j)
+        keep = wanted(i, j)
+        i, j = i[keep], j[keep]
+    apart = distances(left, i, right, j)
     near = apart < radius
     if near.any():
         yield i[near], j[near], apart[near]
@@ -461,8 +550,8 @@ def link_hashes(groups: Components, hashes: np.ndarray, max_hamming: int) -> Non
     """Link all rows whose hashes, uint64[n], differ in at most `max_hamming` bits; -1 links none."""
     if max_hamming < 0 or not len(hashes):
         return
-    distinct, first, which = np.unique(hashes, return_index=True, return_inverse=True)
-    groups.link(np.arange(len(hashes)), first[which])
+    groups.link(np.arange(len(hashes)), firsts(hashes))
+    distinct, first = np.unique(hashes, return_index=True)
     for i, j in hamming_pairs(distinct, max_hamming):
         groups.link(first[i], first[j])
 

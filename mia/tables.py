@@ -72,6 +72,11 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     "embeddings": pa.schema([_ID, *_required(image=VECTOR, text=VECTOR)]),
     "neighbours": pa.schema([_ID, *_required(rank=_I32, reference_id=_STRING, distance=_F64)]),
+    "matches": pa.schema(
+        [_ID, *_required(pool=_STRING, phash=pa.uint64()),
+         *_optional(nearest_id=_STRING, distance=_F64, hamming=_I32, method=_STRING, reason=_STRING)]
+    ),
+    "links": pa.schema([_ID, *_required(linked_id=_STRING)]),
     "duplicates": pa.schema(
         [_ID, *_required(pool=_STRING, group=_STRING),
          *_optional(nearest_id=_STRING, distance=_F64, hamming=_I32, method=_STRING, reason=_STRING)]
@@ -109,6 +114,7 @@ SCHEMAS: dict[str, pa.Schema] = {
 
 KEYS: dict[str, tuple[str, ...]] = {
     "neighbours": ("sample_id", "rank"),
+    "links": ("sample_id", "linked_id"),
     "features": ("sample_id", "block", "timestep", "draw"),
     "scores": ("sample_id", "attack", "variant"),
     "texts": ("caption_id",),
@@ -121,6 +127,7 @@ KEYS: dict[str, tuple[str, ...]] = {
 }
 CATEGORIES: dict[str, dict[str, tuple[str, ...]]] = {
     "metadata": {"pool": POOLS},
+    "matches": {"pool": POOLS},
     "duplicates": {"pool": POOLS},
     "images": {"status": IMAGE_STATUSES},
     "dataset": {"part": PARTS},
@@ -298,7 +305,13 @@ def provenance(path: object) -> dict:
 
 
 def file_hash(path: object) -> str:
-    """SHA-256 of a file's bytes, 64 hex digits."""
+    """SHA-256 of a file's bytes, 64 hex digits.
+
+    Raises:
+        UserError: the file is missing.
+    """
+    if not pathlib.Path(str(path)).is_file():
+        raise UserError("file does not exist", path, "run the stage that makes it, or mend the path")
     with pathlib.Path(str(path)).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pathlib
 import shutil
 
 import numpy as np
@@ -357,6 +358,128 @@ def test_shards_in_any_order_give_the_same_bytes(tmp_path):
     pairs = [words[5:][i : i + 2] for i in range(0, len(words) - 5, 2)]
     cli.commands.main([*words[:5], *(word for pair in reversed(pairs) for word in pair)], standalone_mode=False)
     assert (tmp_path / "out").read_bytes() == wanted
+
+
+# ------------------------------------------------------------------------------------------------ shard by shard
+
+
+def call(*words: object) -> None:
+    cli.commands.main([str(word) for word in words], standalone_mode=False)
+
+
+def flagged(flag: str, paths: list) -> list:
+    return [word for path in paths for word in (flag, path)]
+
+
+def in_jobs(folder: pathlib.Path, words: list[str], shards: int, *options: object) -> list:
+    """Runs what the workflow runs before `dedup`; returns the words of `dedup`."""
+    images, embeddings = ([folder / f"{kind}{n}-{shards}" for n in range(shards)] for kind in "ie")
+    near, links = ([folder / f"{kind}{n}" for n in range(shards)] for kind in ("near", "links"))
+    for own, output in zip(embeddings, near, strict=True):
+        call(
+            "neighbours", *words[1:3], *flagged("--embeddings", embeddings), "--own", own, "--output", output, "--k", 2
+        )
+    given = [*flagged("--images", images), *flagged("--embeddings", embeddings), *flagged("--neighbours", near)]
+    call("matches", *words[1:3], *given, "--output", folder / "matches", *options)
+    for number, output in enumerate(links):
+        met = flagged("--other", embeddings[:number])
+        call("links", "--matches", folder / "matches", "--own", embeddings[number], *met, "--output", output, *options)
+    return ["dedup", *words[1:5], "--matches", folder / "matches", *flagged("--links", links[::-1]), *options]
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+@pytest.mark.parametrize("shards", [1, 2, 7])
+@pytest.mark.parametrize("options", [LOOSE, DedupOptions(0.2, 2), DedupOptions(0.9, -1), DedupOptions(0.0, 8)], ids=str)
+def test_jobs_of_any_number_give_the_table_of_one(tmp_path, seed, shards, options):
+    samples = crowd(seed)
+    words = written(tmp_path, samples, shards)
+    chosen = ["--max-distance", str(options.max_distance), "--max-hamming", str(options.max_hamming)]
+    call(*words, *chosen)
+    whole = tables.read(tmp_path / "out", "duplicates")
+    last = in_jobs(tmp_path, words, shards, *chosen)
+    call(*last)
+    assert tables.read(tmp_path / "out", "duplicates").equals(whole)
+    half = dataclasses.replace(samples, embeddings=samples.embeddings.astype(np.float16).astype(np.float32))
+    wanted = oracle(half, options)
+    assert {row["sample_id"]: row["group"] for row in whole.to_pylist()} == {n: w["group"] for n, w in wanted.items()}
+    before = (tmp_path / "out").read_bytes()
+    call(*last)
+    assert (tmp_path / "out").read_bytes() == before
+
+
+def test_in_jobs_too_a_dropped_sample_links_nobody(tmp_path):
+    named = {i: tables.sample_id(i, "c") for i in "mxc"}
+    samples = sample(
+        (named["m"], "member", "m", angle(0), far(1)), (named["x"], "candidate", "x", angle(20), far(2)),
+        (named["c"], "candidate", "c", angle(40), far(3)),
+    )  # fmt: skip
+    call(*in_jobs(tmp_path, written(tmp_path, samples, 2), 2))
+    rows = {row["sample_id"]: row for row in tables.read(tmp_path / "out", "duplicates").to_pylist()}
+    assert rows[named["x"]]["reason"] and not rows[named["c"]]["reason"]
+    assert all(row["group"] == name for name, row in rows.items())
+
+
+def other_matches(folder: pathlib.Path, words: list) -> list:
+    table = tables.read(folder / "matches", "matches")
+    made = tables.provenance(folder / "matches") | {"seed": 1}
+    tables.write(folder / "matches", table, "matches", made)
+    return words
+
+
+def other_option(folder: pathlib.Path, words: list) -> list:
+    return [*words, "--max-distance", 0.4]
+
+
+def other_version(folder: pathlib.Path, words: list) -> list:
+    made = tables.provenance(folder / "links1") | {"version": 1}
+    tables.write(folder / "links1", tables.read(folder / "links1", "links"), "links", made)
+    return words
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda folder, words: words[:-2], "pairs of shards that were not compared: 1, 2 links tables, give those of"),
+        (lambda folder, words: [*words[:-6], *words[-4:]], "pairs of shards that were not compared: 3, 2 links tables"),
+        (other_matches, "links were made of other matches, .*links2, run `mia links` again"),
+        (other_option, "made under other options or by another version, .*matches, use the same, or make it anew"),
+        (other_version, "made under other options or by another version, .*links1, use the same, or make it anew"),
+        (lambda folder, words: words[:-6], "nothing to group, or in two ways, --images and --embeddings, --matches"),
+        (lambda folder, words: words[:5], "nothing to group, or in two ways, "),
+        (lambda folder, words: [*words, "--embeddings", folder / "e0-3"], "nothing to group, or in two ways, "),
+        (lambda folder, words: (folder / "links1").unlink() or words, "Parquet file does not exist, .*links1, run the"),
+    ],
+)
+def test_dedup_refuses_links_that_do_not_fit(harm, message, tmp_path):
+    words = harm(tmp_path, in_jobs(tmp_path, written(tmp_path, crowd(3), 3), 3))
+    with pytest.raises(UserError, match=message) as caught:
+        call(*words)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_links_of_other_embeddings_or_options_are_refused(tmp_path):
+    in_jobs(tmp_path, written(tmp_path, crowd(3), 2), 2)
+    written(tmp_path, crowd(4), 3)
+    words = ["links", "--matches", tmp_path / "matches", "--output", tmp_path / "out"]
+    for own, other in (("e0-2", "e1-3"), ("e1-3", "e0-2")):
+        with pytest.raises(UserError, match="embeddings are not those that were matched, .*e1-3, run `mia matches` ag"):
+            call(*words, "--own", tmp_path / own, "--other", tmp_path / other)
+    with pytest.raises(UserError, match="matches were made under other options or by another version, .*matches, use"):
+        call(*words, "--own", tmp_path / "e0-2", "--max-hamming", 5)
+    with pytest.raises(UserError, match="links table has two rows with one key"):
+        call(*words, "--own", tmp_path / "e0-2", *flagged("--other", [tmp_path / "e1-2"] * 2))
+    assert not (tmp_path / "out").exists()
+
+
+def test_matches_of_strangers_are_refused(tmp_path):
+    in_jobs(tmp_path, written(tmp_path, crowd(3), 2), 2)
+    given = [*written(tmp_path, crowd(4), 2)[1:3], "--output", tmp_path / "out", "--neighbours", tmp_path / "near0"]
+    shards = [*flagged("--images", [tmp_path / "i0-2"]), *flagged("--embeddings", [tmp_path / "e0-2"])]
+    with pytest.raises(UserError, match="neighbours were searched for other embeddings, .*near0, run `mia neighbours`"):
+        call("matches", *given, *shards)
+
+
+# ------------------------------------------------------------------------------------------------ bad embeddings
 
 
 def unlike(tmp_path) -> None:

@@ -29,8 +29,8 @@ STAGES = {
 }  # fmt: skip
 OTHERS = {"toy", "cli", "__init__", "__main__"}
 TORCH_FREE = (
-    "select", "metadata", "probe", "images", "attrition", "neighbours", "dedup", "card", "distance", "audit", "infer",
-    "scores", "evaluate", "report",
+    "select", "metadata", "probe", "images", "attrition", "neighbours", "matches", "links", "dedup", "card", "distance",
+    "audit", "infer", "scores", "evaluate", "report",
 )  # fmt: skip
 
 

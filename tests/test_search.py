@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import pathlib
 from collections.abc import Callable
 
@@ -224,6 +225,80 @@ def test_the_radius_join_is_the_oracles_for_any_block(monkeypatch, radius, dtype
         monkeypatch.setattr(search, "TILE", tile)
         rows = [row for chunk in search.radius_pairs(x, radius) for row in zip(*chunk, strict=True)]
         assert len(rows) == len(wanted) and {(i, j): d for i, j, d in rows} == wanted
+
+
+@pytest.mark.parametrize("radius", [0.0, 0.9, 2.1])
+def test_the_join_with_others_is_the_oracles_for_any_block(monkeypatch, radius):
+    x, y = vectors(3, 50), vectors(4, 70)
+    wanted = {(i, j): d for i in range(50) for j in range(70) if (d := distance(x[i], y[j])) < radius}
+    for queries, tile in ((1024, 4096), (7, 5), (64, 16)):
+        monkeypatch.setattr(search, "QUERIES", queries)
+        monkeypatch.setattr(search, "TILE", tile)
+        rows = [row for chunk in search.radius_pairs(x, radius, others=y) for row in zip(*chunk, strict=True)]
+        assert len(rows) == len(wanted) and {(i, j): d for i, j, d in rows} == wanted
+
+
+def meetings(shards: int) -> list[list[int]]:
+    """Shards that each job reads, its own first, so that every two meet in one job."""
+    return [[own, *range(own)] for own in range(shards)]
+
+
+def plain_groups(x: np.ndarray, radius: float) -> list[int]:
+    """The first row that a chain of close pairs leads to."""
+    group = list(range(len(x)))
+    for i, j in itertools.combinations(range(len(x)), 2):
+        if distance(x[i], x[j]) < radius and group[i] != group[j]:
+            old, new = sorted((group[i], group[j]))[::-1]
+            group = [new if label == old else label for label in group]
+    return group
+
+
+@pytest.mark.parametrize("shards", [1, 2, 5, 90])
+@pytest.mark.parametrize("radius", [0.0, 0.05, 0.3, 2.1])
+def test_links_of_any_shards_in_any_order_make_the_oracles_groups(monkeypatch, shards, radius):
+    x, ids = vectors(3, 90, dtype=np.float16), names(0, 90)
+    wanted = plain_groups(x, radius)
+    order = np.random.default_rng(shards).permutation(90)
+    for rows in (order, np.sort(order)):
+        cut = np.array_split(rows, shards)
+        made = []
+        for own, *others in meetings(shards):
+            rest = [in_parts(ids[cut[other]], x[cut[other]], 7) for other in others]
+            made.append(search.links(pa.array(ids[cut[own]], pa.string()), x[cut[own]], rest, radius))
+            assert len(made[-1]) <= sum(len(cut[number]) for number in (own, *others))
+        for merged in (2**24, 10):
+            monkeypatch.setattr(search, "MERGED", merged)
+            linked = search.Components(90)
+            search.link_found(linked, pa.array(ids, pa.string()), made[::-1])
+            assert search.firsts(linked.labels()).tolist() == wanted
+
+
+def test_a_row_that_joins_two_groups_of_another_shard_joins_them():
+    x = np.array([[1, 0], [0, 1], [1, 1]], np.float32)  # the first two are near the third, not each other
+    between = in_parts(np.array(["c"], dtype=object), x[2:], 1)
+    made = search.links(pa.array(["a", "b"]), x[:2], [between], 1.0)
+    linked = search.Components(3)
+    search.link_found(linked, pa.array(["a", "b", "c"]), [made])
+    assert len(set(linked.labels())) == 1 and len(made) == 2
+
+
+def test_links_of_thousands_of_copies_are_few_and_soon_found():
+    x = np.tile(vectors(0, 1), (6_000, 1))
+    ids = pa.array([f"{i:04d}" for i in range(6_000)])
+    others = [search.Reference("x", ids[3_000:], [3_000], [lambda: x[3_000:]])]
+    made = search.links(ids[:3_000], x[:3_000], others, 0.5)
+    assert len(made) == 5_999
+    linked = search.Components(6_000)
+    search.link_found(linked, ids, [made])
+    assert len(set(linked.labels())) == 1
+
+
+def test_links_of_another_width_or_of_strangers_are_refused():
+    ids, x = pa.array(["a", "b"]), np.ones((2, 3), np.float32)
+    with pytest.raises(UserError, match="vectors have 4 entries, the queries' have 3, x, embed both with one model"):
+        search.links(ids, x, [in_parts(np.array(["c"]), np.ones((1, 4), np.float32), 1)], 0.5)
+    with pytest.raises(UserError, match="a links table has a sample that was not kept, b, make links of these matches"):
+        search.link_found(search.Components(1), ids[:1], [search.links(ids, x, [], 0.5)])
 
 
 def test_links_make_groups_and_a_chain_is_one(monkeypatch):

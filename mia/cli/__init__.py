@@ -8,11 +8,11 @@ import click
 
 PHASES = {
     "sources": ("select",),
-    "dataset": ("metadata", "images", "embeddings", "dedup", "distance"),
+    "dataset": ("metadata", "images", "embeddings", "matches", "dedup", "distance"),
     "sanitize": ("sanitize",),
     "card": ("card",),
     "attrition": ("probe", "attrition"),
-    "neighbours": ("neighbours",),
+    "neighbours": ("neighbours", "links"),
     "target": ("train", "target"),
     "features": ("latents", "features"),
     "attacks": ("scores",),

@@ -92,19 +92,30 @@ batch_option = click.option(
 
 def made_by(stage: str, options: Any, seed: int | None, inputs: Iterable[object], **more: Any) -> dict[str, Any]:
     """What stands in an output's file metadata. Inputs are named by content, so that no path gets in."""
-    plain = dataclasses.asdict(options) if options is not None else {}
-    text = json.dumps(plain, sort_keys=True)
     return {
         "stage": stage,
-        "version": getattr(options, "version", 1),
-        "options": plain,
-        "config_hash": hashlib.sha256(text.encode()).hexdigest()[:16],
+        **_chosen(options),
         "seed": seed,
         "inputs": sorted(tables.file_hash(path)[:16] for path in inputs),
         "libraries": {"mia": mia.__version__}
         | tables.library_versions(("numpy", "pyarrow", *more.pop("libraries", ()))),
         **more,
     }
+
+
+def _chosen(options: Any) -> dict[str, Any]:
+    plain = dataclasses.asdict(options) if options is not None else {}
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+    return {"version": getattr(options, "version", 1), "options": plain, "config_hash": digest}
+
+
+def refuse_other_options(paths: Iterable[object], options: Any, what: str, fix: str) -> None:
+    """Refuse files that were made under other options than these, or by another version."""
+    now = _chosen(options)
+    for path in paths:
+        before = tables.provenance(path)
+        if any(before.get(name) != now[name] for name in ("config_hash", "version")):
+            raise UserError(f"{what} under other options or by another version", path, fix)
 
 
 def image_bytes(paths: Iterable[object], ids: Iterable[str]) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""Commands that build the dataset: metadata, images, embeddings, dedup, distance."""
+"""Commands that build the dataset: metadata, images, embeddings, matches, dedup, distance."""
 
 from __future__ import annotations
 
@@ -120,11 +120,7 @@ def images(
     made = common.made_by(
         "images", options, None, [metadata, *previous], shard=f"{shard}/{shards}", libraries=("pillow", "imagehash")
     )
-    for path in previous:
-        before = tables.provenance(path)
-        if any(before.get(name) != made[name] for name in ("config_hash", "version")):
-            what = "earlier images were fetched under other options or by another version"
-            raise UserError(what, path, "use the same, or start afresh")
+    common.refuse_other_options(previous, options, "earlier images were fetched", "use the same, or start afresh")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=output.parent, buffering=0) as spool:
         earlier = tables.batches(previous, "images")
@@ -168,29 +164,87 @@ def embeddings(metadata: Any, images: Any, device: str, batch_size: int, output:
 @one("--metadata", "The metadata table.")
 @many("--images", "images", "Shards of the images table.")
 @many("--embeddings", "embeddings", "Shards of the embeddings table.")
+@many("--neighbours", "neighbours", "Neighbours tables of all that was searched, our own members too.")
+@one("--output", "The matches table.")
+@stage_options("dedup")
+def matches(metadata: Any, images: Any, embeddings: Any, neighbours: Any, output: Any, options: Any) -> None:
+    """Decide which candidates are near-duplicates of training images: dedup's first half, before `links`."""
+    from mia import dedup as stage
+
+    asked = _refuse_strangers(neighbours, embeddings)
+    near = _nearest(neighbours)
+    ids = tables.read(list(embeddings), "embeddings", columns=("sample_id",))["sample_id"].to_pylist()
+    pools = _column(metadata, "metadata", "pool", ids)
+    phash = _column(images, "images", "phash", ids)
+    inputs = [metadata, *images, *embeddings, *neighbours]
+    made = common.made_by("matches", options, None, inputs, embeddings=sorted(asked))
+    table = stage.match(np.array(ids, dtype=object), _objects(pools), phash.to_numpy(), near, options)
+    tables.write(output, table, "matches", made)
+
+
+@click.command()
+@one("--metadata", "The metadata table.")
+@click.option("--images", type=PATH, multiple=True, help="Shards of the images table, and")
+@click.option("--embeddings", type=PATH, multiple=True, help="shards of the embeddings table, and")
 @click.option(
     "--neighbours", type=PATH, multiple=True,
-    help="Neighbours tables of all that was searched, our own members too; without any, our members are searched here.",
+    help="neighbours tables of all that was searched, our own members too; without any, our members are searched here.",
 )  # fmt: skip
+@click.option("--matches", type=PATH, help="Or, where images and embeddings do not fit one job: the matches table, and")
+@click.option("--links", type=PATH, multiple=True, help="links tables of all shards.")
 @one("--output", "The duplicates table.")
 @stage_options("dedup")
-def dedup(metadata: Any, images: Any, embeddings: Any, neighbours: Any, output: Any, options: Any) -> None:
+def dedup(
+    metadata: Any, images: Any, embeddings: Any, neighbours: Any, matches: Any, links: Any, output: Any, options: Any
+) -> None:
     """Find candidates that are near-duplicates of training images, and group look-alikes."""
+    whole, parts = bool(images and embeddings), bool(matches and links)
+    if whole == parts or bool(images or embeddings or neighbours) == bool(matches or links):
+        what, fix = "nothing to group, or in two ways", "give both of --images and --embeddings, or of the others"
+        raise UserError(what, "--images and --embeddings, --matches and --links", fix)
+    if parts:
+        table, inputs = _grouped(metadata, matches, links, options), [metadata, matches, *links]
+    else:
+        table = _deduplicated(metadata, images, embeddings, neighbours, options)
+        inputs = [metadata, *images, *embeddings, *neighbours]
+    tables.write(output, table, "duplicates", common.made_by("dedup", options, None, inputs, libraries=("scipy",)))
+
+
+def _grouped(metadata: Any, matches: Any, links: Any, options: Any) -> pa.Table:
     from mia import dedup as stage
-    from mia import search
+
+    common.refuse_other_options([matches, *links], options, "this was made", "use the same, or make it anew")
+    _refuse_gaps(matches, links)
+    rows = tables.read(matches, "matches")
+    captions = _column(metadata, "metadata", "caption", rows["sample_id"].to_pylist())
+    return stage.group(rows, _objects(captions), (tables.read(path, "links") for path in links), options)
+
+
+def _deduplicated(metadata: Any, images: Any, embeddings: Any, neighbours: Any, options: Any) -> pa.Table:
+    from mia import dedup as stage
 
     _refuse_strangers(neighbours, embeddings)
-    near = search.merge((tables.read(path, "neighbours") for path in neighbours), 1) if neighbours else None
+    near = _nearest(neighbours) if neighbours else None
     ids, vectors = _image_vectors(embeddings)
-    about = _by_id(tables.read(metadata, "metadata", columns=("sample_id", "pool", "caption")), ids)
-    hashes = _by_id(tables.read(images, "images", columns=("sample_id", "phash")), ids)
-    samples = stage.Sample(
-        np.array(ids, dtype=object), np.array(about["pool"].to_list(), dtype=object),
-        np.array(about["caption"].to_list(), dtype=object), vectors, hashes["phash"].to_numpy(),
-    )  # fmt: skip
-    inputs = [metadata, *images, *embeddings, *neighbours]
-    made = common.made_by("dedup", options, None, inputs, libraries=("scipy",))
-    tables.write(output, stage.deduplicate(samples, options, near), "duplicates", made)
+    pools, captions = (_objects(_column(metadata, "metadata", name, ids)) for name in ("pool", "caption"))
+    phash = _column(images, "images", "phash", ids).to_numpy()
+    samples = stage.Sample(np.array(ids, dtype=object), pools, captions, vectors, phash)
+    return stage.deduplicate(samples, options, near)
+
+
+def _nearest(neighbours: tuple[pathlib.Path, ...]) -> pa.Table:
+    from mia import search
+
+    return search.merge((tables.read(path, "neighbours") for path in neighbours), 1)
+
+
+def _column(paths: Any, name: str, column: str, ids: list[str]) -> pl.Series:
+    """A column of table `name` in the order of `ids`."""
+    return _by_id(tables.read(paths, name, columns=("sample_id", column)), ids)[column]
+
+
+def _objects(column: pl.Series) -> np.ndarray:
+    return np.array(column.to_list(), dtype=object)
 
 
 def _image_vectors(paths: tuple[pathlib.Path, ...]) -> tuple[list[str], np.ndarray]:
@@ -227,12 +281,31 @@ def _rows_in(path: pathlib.Path) -> int:
         return file.metadata.num_rows
 
 
-def _refuse_strangers(neighbours: tuple[pathlib.Path, ...], embeddings: tuple[pathlib.Path, ...]) -> None:
-    """Refuse neighbours that were searched for other embeddings than these: some samples would pass for unique."""
+def _refuse_strangers(neighbours: tuple[pathlib.Path, ...], embeddings: tuple[pathlib.Path, ...]) -> set[str]:
+    """Refuse neighbours that were searched for other embeddings than these: some samples would pass for unique.
+
+    Returns the embeddings' hashes.
+    """
     asked = {tables.file_hash(path)[:16] for path in embeddings} if neighbours else set()
     for path in neighbours:
         if not asked <= set(tables.provenance(path).get("inputs", ())):
             raise UserError("neighbours were searched for other embeddings", path, "run `mia neighbours` again")
+    return asked
+
+
+def _refuse_gaps(matches: pathlib.Path, links: tuple[pathlib.Path, ...]) -> None:
+    """Refuse links of other matches, and those that leave two shards uncompared: look-alikes would pass for unlike."""
+    mine, compared = tables.file_hash(matches)[:16], set[frozenset]()
+    for path in links:
+        made = tables.provenance(path)
+        if mine not in made.get("inputs", ()):
+            raise UserError("links were made of other matches", path, "run `mia links` again")
+        compared.update(frozenset((made.get("own", ""), other)) for other in made["inputs"])
+    pairs = itertools.combinations_with_replacement(tables.provenance(matches).get("embeddings", ()), 2)
+    absent = sum(frozenset(pair) not in compared for pair in pairs)
+    if absent:
+        what = f"pairs of shards that were not compared: {absent}"
+        raise UserError(what, f"{len(links)} links tables", "give those of all shards")
 
 
 def _by_id(table: pa.Table, ids: list[str]) -> pl.DataFrame:

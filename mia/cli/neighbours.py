@@ -1,4 +1,4 @@
-"""The command that searches training images, ours or published embeddings, for what resembles our candidates."""
+"""Commands that compare embeddings: candidates with training images, ours or published, and all that is kept."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mia import search, tables
@@ -67,6 +68,44 @@ def neighbours(
     about = {"method": "approximate" if recalls else "exact", "recall_at_1": min(recalls, default=1.0)}
     made = common.made_by("neighbours", options, None, inputs, **about)
     tables.write(output, table, "neighbours", made)
+
+
+@click.command()
+@one("--matches", "The matches table: it says who is kept.")
+@one("--own", "The shard of the embeddings table whose kept samples are held against one another and against:")
+@click.option("--other", "others", type=PATH, multiple=True, help="Another shard of it.")
+@one("--output", "The links table of this shard.")
+@stage_options("dedup")
+def links(matches: Any, own: Any, others: Any, output: Any, options: Any) -> None:
+    """Link look-alikes among what is kept of one shard, and of it and others; every two shards have to meet once."""
+    common.refuse_other_options([matches], options, "matches were made", "use the same, or run `mia matches` again")
+    made = common.made_by("links", options, None, [matches, own, *others], own=tables.file_hash(own)[:16])
+    _refuse_unmatched(matches, [own, *others], made["inputs"])
+    ids, vectors = _queries((own,))
+    shards = [_table_reference(path) for path in others]
+    kept = _kept(matches, [pa.array(ids, pa.string()), *(shard.ids for shard in shards)])
+    rest = [search.only(shard, keep) for shard, keep in zip(shards, kept[1:], strict=True)]
+    progress = common.progress("links")
+    found = search.links(pa.array(ids[kept[0]], pa.string()), vectors[kept[0]], rest, options.max_distance, progress)
+    tables.write(output, found, "links", made)
+
+
+def _refuse_unmatched(matches: pathlib.Path, embeddings: list[pathlib.Path], hashes: list[str]) -> None:
+    """Refuse embeddings that the matches were not made from: none of their samples would pass for kept."""
+    known = {tables.file_hash(matches)[:16], *tables.provenance(matches).get("embeddings", ())}
+    if not set(hashes) <= known:
+        stranger = next(path for path in embeddings if tables.file_hash(path)[:16] not in known)
+        raise UserError("embeddings are not those that were matched", stranger, "run `mia matches` again")
+
+
+def _kept(matches: pathlib.Path, ids: list[pa.Array]) -> list[np.ndarray]:
+    """Which samples of each shard are kept: bool[n] each."""
+    from mia import dedup
+
+    table = tables.read(matches, "matches", columns=("sample_id", "reason"))
+    kept = table["sample_id"].filter(pa.array(dedup.is_kept(table)))
+    marks = pc.is_in(pa.concat_arrays(ids), kept).to_numpy(zero_copy_only=False)  # once: it makes a table of all kept
+    return np.split(marks, np.cumsum([len(some) for some in ids])[:-1])
 
 
 def _queries(embeddings: tuple[pathlib.Path, ...]) -> tuple[np.ndarray, np.ndarray]:

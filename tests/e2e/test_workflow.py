@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 pytestmark = pytest.mark.slow
 
 AFTER_DEDUP = {
-    "dedup", "train", "target", "sanitize", "distance", "audit", "latents", "features", "scores",
+    "matches", "links", "dedup", "train", "target", "sanitize", "distance", "audit", "latents", "features", "scores",
     "evaluation", "report", "all",
 }  # fmt: skip
 
@@ -142,6 +142,22 @@ def test_raising_a_stages_version_reruns_it_and_all_after_it(done):
     finally:
         module.write_text(before)
     assert done.reruns(small()) == {}
+
+
+def test_another_threshold_searches_no_neighbours_again(done):
+    config = small()
+    config["dedup"]["max_distance"] = 0.4
+    assert set(done.reruns(config)) == AFTER_DEDUP
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 6])
+def test_every_two_shards_meet_in_one_job_and_jobs_have_equal_work(done, shards):
+    run = done.snakemake(small() | {"shards": shards, "name": "cut"}, "-n", "results/cut/duplicates.parquet")
+    jobs = re.findall(r"rule links:\n\s+input: (.*)", run.stdout + run.stderr)
+    read = [[int(number) for number in re.findall(r"embeddings/(\d+)\.parquet", job)] for job in jobs]
+    met = sorted(tuple(sorted((own, other))) for own, *others in read for other in [own, *others])
+    assert met == [(i, j) for i in range(shards) for j in range(i, shards)]
+    assert max(map(len, read)) - min(map(len, read)) <= 1
 
 
 def test_latents_and_features_are_given_no_file_with_a_label(done):

@@ -110,6 +110,15 @@ def reference_metadata_of(wildcards):
     return [f"{folder}/metadata_{number}.parquet" for number in numbers if folder]
 
 
+def shards_to_meet(wildcards):
+    """The half of the other shards that a job of `links` holds its own against, so that every two meet in one job."""
+    own, count = int(wildcards.shard), len(SHARDS)
+    steps = [
+        step for step in range(1, count // 2 + 1) if 2 * step < count or own < step
+    ]
+    return [f"{RESULTS}/embeddings/{(own + step) % count}.parquet" for step in steps]
+
+
 def text_encoder_of(wildcards):
     """The manifest whose text encoder sanitization needs, where its method needs one."""
     method = config["sanitize"].get("method", STAGES["sanitize"].method)

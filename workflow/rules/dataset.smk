@@ -199,12 +199,64 @@ rule neighbours:
         " --output {output} 2>&1 | tee {log}"
 
 
-rule dedup:
+rule matches:
     input:
         metadata=rules.metadata.output.table,
         images=all_shards("images/{shard}.parquet"),
         embeddings=all_shards("embeddings/{shard}.parquet"),
         neighbours=all_shards("neighbours/{shard}.parquet"),
+    output:
+        f"{RESULTS}/matches.parquet",
+    log:
+        f"{LOGS}/matches.log",
+    benchmark:
+        f"{LOGS}/matches.tsv"
+    conda:
+        CPU_ENV
+    resources:
+        mem_mb=4000,
+        runtime=240,
+    params:
+        version=version("dedup"),
+        options=flags("dedup", config["dedup"]),
+        images=lambda wildcards, input: repeated("--images", input.images),
+        embeddings=lambda wildcards, input: repeated("--embeddings", input.embeddings),
+        neighbours=lambda wildcards, input: repeated("--neighbours", input.neighbours),
+    shell:
+        "OMP_NUM_THREADS={threads} OPENBLAS_NUM_THREADS={threads} python -m mia matches --metadata {input.metadata}"
+        " {params.images} {params.embeddings} {params.neighbours} {params.options} --output {output} 2>&1 | tee {log}"
+
+
+rule links:
+    input:
+        matches=rules.matches.output,
+        own=rules.embeddings.output,
+        others=shards_to_meet,
+    output:
+        f"{RESULTS}/links/{{shard}}.parquet",
+    log:
+        f"{LOGS}/links/{{shard}}.log",
+    benchmark:
+        f"{LOGS}/links/{{shard}}.tsv"
+    conda:
+        CPU_ENV
+    resources:
+        mem_mb=4000,
+        runtime=1440,
+    params:
+        version=version("dedup"),
+        options=flags("dedup", config["dedup"]),
+        others=lambda wildcards, input: repeated("--other", input.others),
+    shell:
+        "OMP_NUM_THREADS={threads} OPENBLAS_NUM_THREADS={threads} python -m mia links --matches {input.matches}"
+        " --own {input.own} {params.others} {params.options} --output {output} 2>&1 | tee {log}"
+
+
+rule dedup:
+    input:
+        metadata=rules.metadata.output.table,
+        matches=rules.matches.output,
+        links=all_shards("links/{shard}.parquet"),
     output:
         f"{RESULTS}/duplicates.parquet",
     log:
@@ -219,12 +271,9 @@ rule dedup:
     params:
         version=version("dedup"),
         options=flags("dedup", config["dedup"]),
-        images=lambda wildcards, input: repeated("--images", input.images),
-        embeddings=lambda wildcards, input: repeated("--embeddings", input.embeddings),
-        neighbours=lambda wildcards, input: repeated("--neighbours", input.neighbours),
+        links=lambda wildcards, input: repeated("--links", input.links),
     shell:
-        "python -m mia dedup --metadata {input.metadata} {params.images} {params.embeddings} {params.neighbours}"
-        " {params.options}"
+        "python -m mia dedup --metadata {input.metadata} --matches {input.matches} {params.links} {params.options}"
         " --output {output} 2>&1 | tee {log}"
 
 
