@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import itertools
 import pathlib
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import yaml
@@ -429,3 +430,29 @@ def flags(stage: str, section: Mapping[str, Any]) -> str:
             text = ",".join(str(v) for v in value) if isinstance(value, (list, tuple)) else str(value)
             words += [f"--{name}", shlex.quote(text)]
     return " ".join(words)
+
+
+NUMBERED = re.compile(r"(.*/)(0|[1-9][0-9]*)([.][a-z]+)")
+
+
+def repeated(flag: str, values: Iterable[object]) -> str:
+    """A flag once for each value, for bash; files numbered in order are one word, `flag=folder/{0..499}.parquet`.
+
+    Written out, three lists of 900 shards do not fit the 128 KiB that Linux gives to one argument, and a job's whole
+    command line is one.
+    """
+    words = []
+    for run, grouped in itertools.groupby(enumerate(map(str, values)), lambda item: _run(*item)):
+        items = list(grouped)
+        if run is None or len(items) == 1:
+            words += [f"{flag} {shlex.quote(text)}" for _, text in items]
+        else:
+            folder, suffix, ahead = run
+            words.append(f"{flag}={shlex.quote(folder)}{{{items[0][0] + ahead}..{items[-1][0] + ahead}}}{suffix}")
+    return " ".join(words)
+
+
+def _run(place: int, path: str) -> tuple[str, str, int] | None:
+    """What numbered files in one run have in common: folder, suffix, and how far the number is ahead of the place."""
+    found = NUMBERED.fullmatch(path)
+    return (found[1], found[3], int(found[2]) - place) if found else None

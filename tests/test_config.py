@@ -574,3 +574,39 @@ def test_the_lock_names_no_cuda_package():
     names = re.findall(r"^([\w.-]+)==", (ROOT / "requirements.lock").read_text(), re.M)
     assert "torch" in names
     assert [name for name in names if name.startswith(("nvidia", "cuda", "triton"))] == []
+
+
+# ------------------------------------------------------------------------------------------- lists of files for bash
+
+FEW = ["a b/images/9.parquet", "a b/images/10.parquet", "a b/images/11.parquet", "a b/texts.parquet", "x'y/0.npy"]
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ([], ""),
+        (["r/0.parquet"], "--images r/0.parquet"),
+        (["r/0.parquet", "r/1.parquet"], "--images=r/{0..1}.parquet"),
+        (["r/1.parquet", "r/0.parquet"], "--images r/1.parquet --images r/0.parquet"),
+        (["r/0.parquet", "s/1.parquet"], "--images r/0.parquet --images s/1.parquet"),
+        (["r/0.parquet", "r/0.parquet"], "--images r/0.parquet --images r/0.parquet"),
+        (["r/07.parquet", "r/08.parquet"], "--images r/07.parquet --images r/08.parquet"),
+        (["url=URL", "a", "a"], "--images url=URL --images a --images a"),
+    ],
+)
+def test_files_numbered_in_order_are_one_word(values, line):
+    assert config.repeated("--images", values) == line
+
+
+@pytest.mark.parametrize("values", [FEW, FEW[::-1], [f"r/{i}.parquet" for i in (0, 1, 2, 4, 5, 7)]])
+def test_bash_makes_every_file_of_it_again(values):
+    line = f"for word in {config.repeated('--f', values)}; do printf '%s\\n' \"$word\"; done"
+    words = subprocess.run(["bash", "-c", line], check=True, capture_output=True, text=True).stdout.splitlines()
+    assert "\n".join(words).replace("--f\n", "--f=").splitlines() == [f"--f={value}" for value in values]
+
+
+def test_the_command_line_of_ten_thousand_shards_fits_one_argument():
+    lists = [[f"results/laion-mi/{name}/{i}.parquet" for i in range(10_000)] for name in ("images", "embeddings")]
+    line = "true " + " ".join(config.repeated("--flag", paths) for paths in lists)
+    assert len(line) < 200
+    subprocess.run(["bash", "-c", line], check=True)

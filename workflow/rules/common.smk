@@ -2,11 +2,18 @@
 
 import dataclasses
 import pathlib
-import shlex
 import sys
 
 from mia import attacks, walks
-from mia.config import STAGES, UNTUNED, FeaturesOptions, checked, flags, sources
+from mia.config import (
+    STAGES,
+    UNTUNED,
+    FeaturesOptions,
+    checked,
+    flags,
+    repeated,
+    sources,
+)
 from mia.errors import UserError
 
 try:
@@ -196,11 +203,6 @@ def features_of(wildcards):
         for block in jobs_of(wildcards.target)
         for shard in SHARDS
     ]
-
-
-def repeated(flag, values):
-    """The flag once for each value, quoted for the shell."""
-    return " ".join(f"{flag} {shlex.quote(str(value))}" for value in values)
 
 
 def column_flags(columns):
