@@ -15,6 +15,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
+import click
 import jsonschema
 import pytest
 import yaml
@@ -439,7 +440,8 @@ def parsed(stage: str, words: list[str]) -> Any:
     """The options that the stage's own command makes of flags, by click's parser; required paths are filled in."""
     command = cli.commands.get_command(None, {"evaluation": "evaluate"}.get(stage, stage))
     filled = [word for p in command.params if p.required for word in (p.opts[0], "1")]
-    context = command.make_context(stage, [*filled, *words])
+    group = click.Context(cli.commands, **cli.commands.context_settings)  # click keeps the help flags of the first call
+    context = command.make_context(stage, [*filled, *words], parent=group)
     kind = config.STAGES[stage]
     return kind(**{field.name: context.params[field.name] for field in dataclasses.fields(kind)})
 
