@@ -27,14 +27,15 @@ KINDS = ("caption", "image", "metadata", "agreement")
 class Seen:
     """What the blind classifiers see of n samples; None stands for what is not to be had.
 
-    `sizes` are stated widths and heights in pixels, float64[n, 2], NaN where not stated. Embeddings are float32[n, d];
-    those of images and texts are CLIP's, in one space.
+    `image_statistics` are those of `blind.of_images`, float64[n, k]. `sizes` are stated widths and heights in pixels,
+    float64[n, 2], NaN where not stated. Embeddings are float32[n, d]; those of images and texts are CLIP's, in one
+    space.
     """
 
     ids: np.ndarray
     captions: Sequence[str] | None = None
     urls: Sequence[str] | None = None
-    images: Sequence[bytes] | None = None
+    image_statistics: np.ndarray | None = None
     sizes: np.ndarray | None = None
     image_embeddings: np.ndarray | None = None
     text_embeddings: np.ndarray | None = None
@@ -164,7 +165,7 @@ def _refuse(seen: Seen, options: AuditOptions) -> None:
 # For each kind: whether what is seen will do, what is needed, and how to get it.
 _NEEDS: dict[str, tuple[Callable[[Seen], bool], str, str]] = {
     "caption": (lambda seen: seen.captions is not None, "the column 'caption'", "give captions"),
-    "image": (lambda seen: seen.images is not None, "the column 'image'", "give image bytes"),
+    "image": (lambda seen: seen.image_statistics is not None, "the column 'image'", "give image bytes"),
     "metadata": (
         lambda seen: seen.urls is not None or seen.sizes is not None,
         "the column 'url', or 'width' and 'height'", "give one of them",
@@ -204,7 +205,7 @@ def _caption(seen: Seen, seed: int) -> list[_Variant]:
 
 def _image(seen: Seen, seed: int) -> list[_Variant]:
     """Statistics of the file and its pixels, its CLIP embedding, and `all`, boosted trees on both."""
-    statistics = blind.of_images(list(seen.ids), seen.images or ())
+    statistics = np.asarray(seen.image_statistics)
     found = [_Variant("statistics", statistics, blind.IMAGE_STATISTICS, blind.boosting(seed), "alone")]
     if seen.image_embeddings is not None:
         embedding = _embedding("image embedding", seen.image_embeddings)

@@ -11,7 +11,7 @@ import functools
 import pathlib
 import re
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -233,7 +233,7 @@ def image_statistics(data: bytes) -> list[float]:
     ]  # fmt: skip
 
 
-def of_images(ids: Sequence[str], images: Sequence[bytes]) -> np.ndarray:
+def of_images(ids: Iterable[str], images: Iterable[bytes]) -> np.ndarray:
     """`image_statistics` of each, float64[n, k].
 
     Raises:

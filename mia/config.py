@@ -32,7 +32,7 @@ class SelectionOptions:
     it in the caption even where the source names one.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     languages: tuple[str, ...] = ()
     detect_language: bool = False
     min_aesthetic: float = -1e9
@@ -48,7 +48,7 @@ class SelectionOptions:
 class MetadataOptions:
     """Which rows of the sources are worth a download. Empty `languages` admits every language."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     languages: tuple[str, ...] = ()
     min_aesthetic: float = 0.0
     min_side_px: int = 0

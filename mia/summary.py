@@ -337,7 +337,7 @@ def dedup_methods(results: Results) -> pl.DataFrame:
 
 def dropped(results: Results) -> pl.DataFrame:
     """Rows dropped in the order of stages, a column for each pool; then what was left, and of that attacked."""
-    counts = [pl.col("rows").filter(pl.col("pool") == pool).sum().cast(pl.Int64).alias(pool) for pool in POOLS]
+    counts = [pl.col("rows").filter(pl.col("pool") == pool).sum().alias(pool) for pool in POOLS]
     rows = results.dropped.group_by("stage", "reason").agg(counts).sort(placed("stage", STAGES), "reason")
     ends = []
     for split, reason in (("sanitized", "rows left"), ("attacked", "of these attacked")):

@@ -109,7 +109,7 @@ SCHEMAS: dict[str, pa.Schema] = {
                                      member_mean=_F64, nonmember_mean=_F64, auc=_F64)]),
     "distance": pa.schema([*_required(space=_STRING, metric=_STRING, n_members=_I32, n_nonmembers=_I32, value=_F64),
                            *_optional(ci_low=_F64, ci_high=_F64, p_value=_F64)]),
-    "dropped": pa.schema([*_required(stage=_STRING, reason=_STRING, pool=_STRING, rows=_I32)]),
+    "dropped": pa.schema([*_required(stage=_STRING, reason=_STRING, pool=_STRING, rows=pa.int64())]),  # LAION: 2.3 G
 }  # fmt: skip
 
 KEYS: dict[str, tuple[str, ...]] = {
@@ -288,7 +288,7 @@ def parquet(path: pathlib.Path, name: str) -> Iterator[pq.ParquetFile]:
     if not path.is_file():
         raise UserError(f"{name} file does not exist", path, "run the stage that makes it, or mend the path")
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, pre_buffer=False) as file:  # which would hold the whole file while batches are read
             yield file
     except (pa.ArrowInvalid, OSError) as problem:
         raise UserError(f"{name} file cannot be read as Parquet ({problem})", path, "make it anew") from problem
@@ -330,17 +330,28 @@ def replacing(path: object) -> Iterator[pathlib.Path]:
     os.close(handle)
     temporary = pathlib.Path(name)
     try:
-        yield temporary
-        temporary.chmod(0o644)
-        temporary.replace(target)
+        with room_for(target):
+            yield temporary
+            temporary.chmod(0o644)
+            temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def room_for(target: object) -> Iterator[None]:
+    """Says in one line that the disk is full, where `target` was to be written.
+
+    Raises:
+        UserError: the block ran out of room.
+    """
+    try:
+        yield
     except OSError as problem:
         if problem.errno not in _NO_ROOM:
             raise
-        raise UserError(
-            "no room on the disk", target, "free some and start again; nothing is half-written"
-        ) from problem
-    finally:
-        temporary.unlink(missing_ok=True)
+        fix = "free some and start again; nothing is half-written"
+        raise UserError("no room on the disk", target, fix) from problem
 
 
 def write(path: object, table: pa.Table, name: str, made_by: dict) -> None:

@@ -6,8 +6,10 @@ import functools
 import io
 import json
 import os
+import pathlib
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import polars as pl
@@ -16,6 +18,7 @@ import pytest
 from PIL import Image
 
 from mia import audit, blind, cli, metrics, tables
+from mia.cli import common
 from mia.config import AuditOptions
 from mia.errors import UserError
 from tests.conftest import ROOT, SHARED
@@ -60,6 +63,10 @@ def captions(r: np.random.Generator, n: int) -> list[str]:
     return [" ".join(r.choice(WORDS, 5)) for _ in range(n)]
 
 
+def statistics(images: list[bytes]) -> np.ndarray:
+    return blind.of_images(map(str, range(len(images))), images)
+
+
 def unit(x: np.ndarray) -> np.ndarray:
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
@@ -84,7 +91,7 @@ def people(leak: str = "", n: int = N, seed: int = 0) -> tuple[audit.Seen, np.nd
     sense += 2 * looks * told["agreement"][:, None]
     seen = audit.Seen(
         np.array([f"{i:04d}" for i in range(n)]), said, [f"https://{host}/{i}.jpg" for i, host in enumerate(hosts)],
-        images, sizes, unit(looks), unit(sense), unit(meaning),
+        statistics(images), sizes, unit(looks), unit(sense), unit(meaning),
     )  # fmt: skip
     part = np.where(r.permutation(n) < n // 2, "calibration", "test")
     return seen, member, np.array([f"g{i}" for i in range(n)]), part
@@ -179,7 +186,7 @@ def test_a_sign_of_members_has_a_positive_weight_and_a_sign_of_nonmembers_a_nega
 def test_variants_are_those_for_which_there_is_something_to_see():
     seen, *rest = people("", 120)
     assert set(plainly("caption")) == {(kind, v) for kind, variants in VARIANTS.items() for v in variants}
-    fewer = audit.Seen(seen.ids, seen.captions, images=seen.images, sizes=seen.sizes)
+    fewer = audit.Seen(seen.ids, seen.captions, image_statistics=seen.image_statistics, sizes=seen.sizes)
     assert audit.possible(fewer) == ("caption", "image", "metadata")
     assert set(scored(fewer, *rest, features=("metadata", "image"))) == {("metadata", "size"), ("image", "statistics")}
     assert audit.possible(seen) == audit.KINDS and audit.possible(audit.Seen(seen.ids)) == ()
@@ -272,7 +279,7 @@ def naming(kind: str) -> tuple[audit.Seen, np.ndarray, np.ndarray]:
     seen = audit.Seen(
         np.array([f"{i:03d}" for i in range(180)]), [f"name{g}" for g in group],
         [f"http://site{g}.example/x" for g in group],
-        [png(np.full((8, 8, 3), tones[g])) for g in group] if kind == "image" else None, None, own, own,
+        statistics([png(np.full((8, 8, 3), tones[g])) for g in group]) if kind == "image" else None, None, own, own,
     )  # fmt: skip
     return seen, member, group
 
@@ -401,7 +408,7 @@ def test_no_more_features_are_named_than_asked_for(top):
 def test_what_is_the_same_everywhere_tells_nothing_and_breaks_nothing():
     seen, member, group, part = people("", 60)
     same = audit.Seen(
-        seen.ids, ["a cat"] * 60, ["https://one.example/x.jpg"] * 60, [png(np.full((4, 4, 3), 9))] * 60,
+        seen.ids, ["a cat"] * 60, ["https://one.example/x.jpg"] * 60, statistics([png(np.full((4, 4, 3), 9))] * 60),
         np.full((60, 2), 512.0), *[np.full((60, 4), 0.5, np.float32)] * 3,
     )  # fmt: skip
     found = run(same, member, group, part)
@@ -461,8 +468,8 @@ def prepared(tmp_path) -> tuple[list[str], dict]:
     ]
     unknown = dict.fromkeys(("sha256", "format", "width", "height", "phash"))
     images = [
-        {"sample_id": i, "status": "ok", "detail": "", "bytes": data, **unknown}
-        for i, data in zip(ids, seen.images, strict=True)
+        {"sample_id": name, "status": "ok", "detail": "", "bytes": png(np.full((8, 8, 3), row % 256)), **unknown}
+        for row, name in enumerate(ids)
     ]
     vectors = {
         space: tables.vector_column(x.astype(np.float16))
@@ -515,6 +522,47 @@ def test_the_command_refuses_a_sample_without_an_image(tmp_path):
     with pytest.raises(UserError, match=f"^1 samples have no image, the first is {gone}, --images, give the shards"):
         cli.commands.main(words, standalone_mode=False)
     assert not (tmp_path / "audit.parquet").exists()
+
+
+def shards_of(tmp_path, names: list[str], rows: list[tuple[str, str, bytes | None]]) -> list[pathlib.Path]:
+    """Images tables of these names, dealt the rows (id, status, bytes) in turn."""
+    unknown = dict.fromkeys(("sha256", "format", "width", "height", "phash"))
+    for turn, name in enumerate(names):
+        some = [
+            {"sample_id": i, "status": s, "detail": "", "bytes": b, **unknown} for i, s, b in rows[turn :: len(names)]
+        ]
+        tables.write(tmp_path / name, pa.Table.from_pylist(some, schema=tables.SCHEMAS["images"]), "images", {})
+    return [tmp_path / name for name in names]
+
+
+def test_statistics_of_streamed_images_are_those_of_all_at_once(tmp_path):
+    """Whatever the shards, their order and the order of the ids; with strangers and failures among the rows."""
+    r = np.random.default_rng(1)
+    data = {f"{i:04d}": png(r.integers(0, 256, (7, 5 + i % 3, 3))) for i in range(600)}
+    rows = [(name, "timeout" if name == "0123" else "ok", None if name == "0123" else data[name]) for name in data]
+    ids = [name for name in data if name > "0200"]
+    r.shuffle(ids)
+    wanted = blind.of_images(ids, [data[name] for name in ids])
+    one, three = shards_of(tmp_path, ["a"], rows), shards_of(tmp_path, ["b", "c", "d"], rows)
+    for paths in (one, three, three[::-1]):
+        np.testing.assert_array_equal(common.image_statistics(paths, ids), wanted, strict=True)
+    with pytest.raises(UserError, match="^2 samples have no image, the first is strange, --images, give the shards"):
+        common.image_statistics(three, ["strange", *ids, "0123"])
+
+
+def test_statistics_of_images_hold_the_bytes_of_a_batch_only(tmp_path):
+    """20 MB in all, a third of one in a batch."""
+    picture = png(np.full((4, 4, 3), 9)) + bytes(20_000)
+    ids = [f"{i:04d}" for i in range(1000)]
+    paths = shards_of(tmp_path, ["a", "b"], [(name, "ok", picture) for name in ids])
+    common.image_statistics(paths, ids[:1])  # so that no import is counted
+    tracemalloc.start()
+    try:
+        common.image_statistics(paths, ids)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 5e6
 
 
 # ------------------------------------------------------------------------------------------------ the real captions

@@ -7,6 +7,8 @@ import importlib.util
 import json
 import pathlib
 import re
+import subprocess
+import sys
 
 import polars as pl
 import pyarrow as pa
@@ -212,6 +214,25 @@ def test_one_side_only_foreign_files_and_other_images_are_refused(inputs):
     written(inputs / "split.parquet", [row for row in rows if row["part"] == "test" or row["member"]], "dataset")
     with pytest.raises(UserError, match="^part 'calibration' has no non-members, dataset"):
         run(inputs)
+
+
+@pytest.mark.parametrize("flags", [[], all_flags])
+@pytest.mark.parametrize("fails", ["data/calibration.parquet", "README.md"])
+def test_a_full_disk_is_one_line_and_the_earlier_card_stays(fails, flags, inputs):
+    """No file of the process may grow to the size of the one that is to fail."""
+    out = run(inputs, *(flags and flags(inputs)))
+    earlier = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    limit = len(earlier[out / fails]) - 1
+    program = (
+        f"import resource, runpy, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        "runpy.run_module('mia', run_name='__main__')"
+    )
+    words = ["card", "--dataset", inputs / "split.parquet", *(flags and flags(inputs)), "--output", out]
+    done = subprocess.run([sys.executable, "-c", program, *map(str, words)], capture_output=True, text=True)
+    line = f"error: no room on the disk, {out}, free some and start again; nothing is half-written"
+    assert done.returncode == 2 and done.stderr.splitlines() == [line]
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == earlier
+    assert not list(inputs.glob(".*"))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="`datasets` is not installed: no dependency")

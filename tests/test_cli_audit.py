@@ -100,6 +100,8 @@ def test_audit_looks_at_what_the_tables_hold_and_at_what_it_is_asked_for(mia, si
     assert found.filter(attack="blind_metadata", variant="url", metric="auc")["value"].item() > 0.99
     telling = table(sides / "a.telling.parquet", "telling").filter(attack="blind_metadata", variant="url", rank=1)
     assert "host = " in telling["feature"].item()
+    one.with_columns(image=pl.lit(b"no picture")).write_parquet(sides / "n.parquet")
+    refused(mia(*words(sides)), "image cannot be decoded")
     assert mia(*words(sides, "m", "--features", "metadata"))[0] == 0
     assert set(table(sides / "a.parquet", "metrics")["attack"]) == {"blind_metadata"}
 

@@ -1,4 +1,4 @@
-"""`mia.images` against real servers on this machine, and `mia.pixels` against hand-made files and torchvision."""
+"""`mia.images` and `mia.fetching` against real servers here, `mia.pixels` against hand-made files and torchvision."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ import pytest
 from aiohttp import web
 from PIL import Image
 
-from mia import images, pixels, tables
+from mia import fetching, images, pixels, tables
 from mia.compat import ensure_torchvision
 from mia.config import ImagesOptions
 from mia.errors import UserError
@@ -224,7 +224,7 @@ def neighbour() -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def _short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "BACKOFF_S", 0.005)
+    monkeypatch.setattr(fetching, "BACKOFF_S", 0.005)
 
 
 @contextlib.contextmanager
@@ -469,7 +469,7 @@ def test_a_host_that_asks_for_a_long_rest_is_left_alone(server: Server) -> None:
     chosen = options(server, allow_private_hosts=("127.0.0.1", "localhost"))
     table = images.fetch(metadata(urls), chosen, per_host=1)
     assert table["status"].to_pylist() == ["http_4xx"] * 3 + ["ok"] and server.hits["/busy"] == 1
-    assert not any(images.is_final(row["status"], row["detail"]) for row in table.to_pylist()[:3])
+    assert not any(fetching.is_final(row["status"], row["detail"]) for row in table.to_pylist()[:3])
 
 
 @pytest.mark.parametrize(
@@ -478,12 +478,12 @@ def test_a_host_that_asks_for_a_long_rest_is_left_alone(server: Server) -> None:
      ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("Wed, 21 Oct 2015 07:28:00 -0000", 0)],
 )  # fmt: skip
 def test_reading_retry_after(header: str, seconds: float) -> None:
-    assert images._rest_s(header) == seconds
+    assert fetching._rest_s(header) == seconds
 
 
 def test_reading_retry_after_as_a_date() -> None:
     ahead = email.utils.format_datetime(datetime.datetime.now(datetime.UTC) + datetime.timedelta(minutes=5))
-    assert 290 < images._rest_s(ahead) <= 300
+    assert 290 < fetching._rest_s(ahead) <= 300
 
 
 def test_deadline_of_the_shard(server: Server) -> None:
@@ -556,12 +556,12 @@ def test_this_machine_is_blocked_in_every_spelling(server: Server, host: str) ->
      "2002:7f00:1::", "2001:db8::1", "1.2.3", "01.2.3.4", "example.org"],
 )  # fmt: skip
 def test_addresses_that_are_not_public(address: str) -> None:
-    assert not images._is_public(address)
+    assert not fetching._is_public(address)
 
 
 @pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::8.8.8.8"])
 def test_addresses_that_are_public(address: str) -> None:
-    assert images._is_public(address)
+    assert fetching._is_public(address)
 
 
 def test_a_name_with_one_private_address_is_blocked(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -585,7 +585,7 @@ def test_a_name_that_changes_its_mind_is_asked_once(
         return [{**common, "host": answers.pop(0)}]
 
     monkeypatch.setattr(aiohttp.ThreadedResolver, "resolve", resolve)
-    monkeypatch.setattr(images, "_is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr(fetching, "_is_public", lambda address: address == "127.0.0.1")
     table = images.fetch(metadata([server.url("/good.jpg", "rebind.example")] * 3), options(), concurrency=1)
     assert table["status"].to_pylist() == ["ok"] * 3 and answers == ["127.0.0.2"]
 
@@ -686,7 +686,7 @@ def streamed(urls: list[str], chosen: ImagesOptions, **more: Any) -> pa.Table:
      ("blocked_address", "x", True), ("opted_out", "x", True), ("undecodable", "x", True)],
 )  # fmt: skip
 def test_what_another_run_would_change(status: str, detail: str, final: bool) -> None:
-    assert images.is_final(status, detail) == final
+    assert fetching.is_final(status, detail) == final
 
 
 def test_a_second_run_asks_only_for_what_may_have_changed(server: Server) -> None:
@@ -869,7 +869,7 @@ def test_a_bug_is_not_a_status(server: Server, monkeypatch: pytest.MonkeyPatch) 
     def broken(*args: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(images.pixels, "decode", broken)
+    monkeypatch.setattr(fetching.pixels, "decode", broken)
     with pytest.raises(ZeroDivisionError):
         images.fetch(metadata([server.url("/good.jpg"), server.url("/slow")]), options(server))
 

@@ -19,7 +19,7 @@ SUPPORT = {
     "schedules", "networks", "captions", "families", "adapters", "walks", "reader", "attacks",
 }  # fmt: skip
 STAGES = {
-    "selection": {"selection"}, "metadata": {"metadata"}, "images": {"images"}, "attrition": {"attrition"},
+    "selection": {"selection"}, "metadata": {"metadata"}, "images": {"images", "fetching"}, "attrition": {"attrition"},
     "embeddings": {"embeddings"}, "dedup": {"dedup"}, "sanitize": {"sanitize", "paper_sanitizer"},
     "card": {"card"}, "distance": {"distance"}, "audit": {"audit", "blind"}, "infer": {"infer"}, "train": {"train"},
     "latents": {"latents"}, "features": {"features"}, "gradients": {"gradients", "noise_optimisation"},

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 
 from mia import cli, metadata, sources, tables
+from mia.cli import common
 from mia.config import MetadataOptions
 from mia.errors import UserError
 
@@ -323,6 +324,17 @@ def test_what_select_wrote_is_read_by_our_own_names_beside_sources_with_theirs(t
     dropped = tables.read(tmp_path / "dropped.parquet", "dropped").to_pylist()
     assert dropped == [{"stage": "select", "reason": "too small", "pool": "candidate", "rows": 8}]
     assert tables.provenance(tmp_path / "out.parquet")["columns"] == COLUMNS
+
+
+def test_counts_of_a_web_scale_source_are_handed_on(tmp_path):
+    """More than 32 bits hold, in one table and in the sum of two."""
+    paths, words = [tmp_path / "one", tmp_path / "two"], []
+    for path in paths:
+        common.write_dropped(path, [("select", "language", "candidate", 2_300_000_000)], {}, 2_300_000_000, 0)
+        words += ["--dropped", str(path)]
+    run(tmp_path, *words)
+    dropped = tables.read(tmp_path / "dropped.parquet", "dropped").to_pylist()
+    assert [row["rows"] for row in dropped if row["stage"] == "select"] == [4_600_000_000]
 
 
 def test_filters_of_both_stages_hold_and_each_counts_its_own(tmp_path):

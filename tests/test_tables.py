@@ -507,6 +507,19 @@ def test_batches_are_read_as_they_were_written(tmp_path):
         list(tables.batches([path], "images"))
 
 
+def test_batches_do_not_gather_the_whole_file(tmp_path):
+    """Of 20 groups of 1 MB each, no more than a few are in Arrow's memory."""
+    rows = [
+        {"sample_id": f"{i:032x}", "status": "ok", "detail": "", "bytes": np.random.default_rng(i).bytes(10**6)}
+        for i in range(20)
+    ]
+    groups = (pa.RecordBatch.from_pylist([row], schema=tables.SCHEMAS["images"]) for row in rows)
+    tables.write_batches(tmp_path / "a", groups, "images", MADE_BY)
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in tables.batches([tmp_path / "a"], "images", 1)]
+    assert len(held) == 20 and max(held) < 8e6
+
+
 @pytest.mark.parametrize("second", [(2, 3), (0,)])
 def test_batches_out_of_order_are_refused(tmp_path, second):
     with pytest.raises(UserError, match="out of order"):

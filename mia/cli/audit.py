@@ -42,7 +42,8 @@ def audit(
     if dataset is not None:
         seen, truth = _from_dataset(dataset, images, embeddings, options)
     else:
-        seen, truth = sides({"--members": members, "--nonmembers": nonmembers}, options.sentence_model)
+        paths = {"--members": members, "--nonmembers": nonmembers}
+        seen, truth = sides(paths, options.sentence_model, images="image" in options.features)
         if context.get_parameter_source("features") is click.core.ParameterSource.DEFAULT:
             options = dataclasses.replace(options, features=stage.possible(seen))
         if not options.features:
@@ -75,11 +76,10 @@ def _from_dataset(dataset: pathlib.Path, images: Any, embeddings: Any, options: 
 
     rows = tables.read(dataset, "dataset")
     ids, captions = rows["sample_id"].to_pylist(), rows["caption"].to_pylist()
-    data = common.image_bytes(images, ids) if "image" in options.features else {}
     vectors = common.embeddings_of(embeddings, rows) if embeddings else None
     seen = stage.Seen(
         np.array(ids, dtype=object), captions=captions, urls=rows["url"].to_pylist(),
-        images=[data[i] for i in ids] if data else None,
+        image_statistics=common.image_statistics(images, ids) if "image" in options.features else None,
         image_embeddings=None if vectors is None else tables.vectors(vectors["image"]),
         text_embeddings=None if vectors is None else tables.vectors(vectors["text"]),
         sentence_embeddings=blind.sentence_embeddings(options.sentence_model, captions)
@@ -91,10 +91,10 @@ def _from_dataset(dataset: pathlib.Path, images: Any, embeddings: Any, options: 
 ASIDE = ("caption", "image", "url", "width", "height", "image_embedding", "text_embedding", "sha256", "part", "pool")
 
 
-def sides(paths: dict[str, pathlib.Path], sentence_model: str = "") -> tuple[Any, pl.DataFrame]:
+def sides(paths: dict[str, pathlib.Path], sentence_model: str = "", *, images: bool = True) -> tuple[Any, pl.DataFrame]:
     """What the baselines see of two tables, the members' first, and their labels: all calibration, rows by id.
 
-    Groups are the column `group`, else identical captions, else each sample alone.
+    Groups are the column `group`, else identical captions, else each sample alone. Without `images` none is looked at.
     """
     from mia import audit as stage
     from mia import blind, scored
@@ -118,7 +118,7 @@ def sides(paths: dict[str, pathlib.Path], sentence_model: str = "") -> tuple[Any
     seen = stage.Seen(
         rows["sample_id"].to_numpy(), captions=captions,
         urls=rows["url"].to_list() if "url" in shared else None,
-        images=rows["image"].to_list() if "image" in shared else None,
+        image_statistics=blind.of_images(rows["sample_id"], rows["image"]) if images and "image" in shared else None,
         sizes=rows.select(pl.col("width", "height").cast(pl.Float64)).fill_null(np.nan).to_numpy()
         if {"width", "height"} <= set(shared) else None,
         image_embeddings=_vectors(rows, "image_embedding"), text_embeddings=_vectors(rows, "text_embedding"),

@@ -105,14 +105,17 @@ def replacing_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A temporary folder beside `path` that takes its place when the block ends well, and vanishes when it does not.
 
     Raises:
-        UserError: `path` holds something other than an earlier card.
+        UserError: `path` holds something other than an earlier card, or the disk is full.
     """
     strange = [p for p in path.rglob("*") if p.is_file() and str(p.relative_to(path)) not in {README, *FILES}]
     if path.is_file() or strange:
         where = strange[0] if strange else path
         raise UserError("a file that is not of an earlier card is in the way", where, "give a new or empty folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".part") as temporary:
+    with (
+        tables.room_for(path),
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".part") as temporary,
+    ):
         fresh, old = pathlib.Path(temporary, "new"), pathlib.Path(temporary, "old")
         fresh.mkdir()
         yield fresh

@@ -1,4 +1,4 @@
-"""What every command shares: flags made from a stage's options, provenance, progress, image bytes by sample."""
+"""What every command shares: flags made from a stage's options, provenance, progress, images by sample."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import pathlib
 import sys
 import time
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import click
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -119,24 +120,43 @@ def refuse_other_options(paths: Iterable[object], options: Any, what: str, fix: 
 
 
 def image_bytes(paths: Iterable[object], ids: Iterable[str]) -> dict[str, bytes]:
-    """Original bytes of the named samples, by sample id.
+    """Original bytes of the named samples, by sample id: all in memory.
 
     Raises:
         UserError: one of them has no usable image.
     """
-    wanted = list(ids)
-    asked, found = pa.array(wanted, pa.string()), dict[str, bytes]()
-    for batch in tables.batches(paths, "images"):  # never all the bytes of all shards at once
-        mine = batch.filter(pc.and_(pc.is_in(batch["sample_id"], asked), pc.equal(batch["status"], "ok")))
-        found.update(zip(mine["sample_id"].to_pylist(), mine["bytes"].to_pylist(), strict=True))
-    absent = [i for i in wanted if i not in found]
-    if absent:
-        raise UserError(
-            f"{len(absent)} samples have no image, the first is {absent[0]}",
-            "--images",
-            "give the shards that hold them",
-        )
+    return {name: data for some in _images_of(paths, ids) for name, data in zip(*some, strict=True)}
+
+
+def image_statistics(paths: Iterable[object], ids: Sequence[str]) -> np.ndarray:
+    """`blind.of_images` of the named samples in the order of `ids`, float64[n, k]; the bytes leave batch by batch.
+
+    Raises:
+        UserError: one of them has no usable image.
+    """
+    from mia import blind
+
+    place = {name: row for row, name in enumerate(ids)}
+    found = np.empty((len(ids), len(blind.IMAGE_STATISTICS)))
+    for names, data in _images_of(paths, ids):
+        found[[place[name] for name in names]] = blind.of_images(names, data)
     return found
+
+
+def _images_of(paths: Iterable[object], ids: Iterable[str]) -> Iterator[tuple[list[str], list[bytes]]]:
+    """Ids and original bytes of the named samples, of a batch at a time; an error at the end if one did not come."""
+    absent = dict.fromkeys(ids)
+    asked = pa.array(absent, pa.string())
+    for batch in tables.batches(paths, "images", 16):  # a batch is in memory several times over
+        mine = batch.filter(pc.and_(pc.is_in(batch["sample_id"], asked), pc.equal(batch["status"], "ok")))
+        names = mine["sample_id"].to_pylist()
+        for name in names:
+            absent.pop(name, None)
+        if names:
+            yield names, mine["bytes"].to_pylist()
+    if absent:
+        what = f"{len(absent)} samples have no image, the first is {next(iter(absent))}"
+        raise UserError(what, "--images", "give the shards that hold them")
 
 
 def frame(path: pathlib.Path, name: str, columns: tuple[str, ...] | None = None) -> pl.DataFrame:

@@ -73,7 +73,7 @@ def _summed(paths: tuple[pathlib.Path, ...]) -> list[tuple]:
     """Rows of dropped tables, those of one stage, reason and pool added up."""
     keys = ["stage", "reason", "pool"]
     found = [common.frame(path, "dropped") for path in paths]
-    return pl.concat(found).group_by(keys).agg(pl.col("rows").cast(pl.Int64).sum()).sort(keys).rows() if found else []
+    return pl.concat(found).group_by(keys).agg(pl.col("rows").sum()).sort(keys).rows() if found else []
 
 
 def _rows(path: pathlib.Path) -> pl.DataFrame:

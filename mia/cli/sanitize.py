@@ -61,12 +61,12 @@ def _dataset(
     rows, counts, rows_in = _pooled(metadata, images, duplicates)
     member, group = rows["member"].to_numpy(zero_copy_only=False), np.array(rows["group"].to_pylist())
     ids, captions = rows["sample_id"].to_pylist(), rows["caption"].to_pylist()
-    seen = common.image_bytes(images, ids) if options.method == "matched" else {}
+    looks = common.image_statistics(images, ids) if options.method == "matched" else None
     encoder = {
         "target": target, "device": device, "batch_size": batch_size,
         "rounds_folder": rounds_folder or output.with_suffix(".rounds"),
     }  # fmt: skip
-    chosen = _chosen(ids, captions, [seen[i] for i in ids] if seen else None, member, group, options, seed, encoder)
+    chosen = _chosen(ids, captions, looks, member, group, options, seed, encoder)
     dataset = stage.finish(rows.filter(pa.array(chosen.keep)), options, seed)
     attacked = stage.to_attack(dataset, options, seed)
     for reason in sorted({r for r in chosen.reason if r is not None}):
@@ -94,15 +94,15 @@ class Chosen:
 
 
 def _chosen(
-    ids: list[str], captions: list[str], images: list[bytes] | None, member: np.ndarray, group: np.ndarray,
+    ids: list[str], captions: list[str], looks: np.ndarray | None, member: np.ndarray, group: np.ndarray,
     options: Any, seed: int, encoder: dict[str, Any],
 ) -> Chosen:  # fmt: skip
-    """The samples that the method keeps."""
+    """The samples that the method keeps; `looks` are statistics of their images, for `matched`."""
     reason = np.full(len(ids), None, dtype=object)
     if options.method == "none":
         return Chosen(np.ones(len(ids), dtype=bool), reason, {"rounds": []})
     if options.method == "matched":
-        return _matched(ids, captions, images, member, group, options, seed)
+        return _matched(captions, looks, member, group, options, seed)
     if encoder["target"] is None:
         raise UserError(f"method '{options.method}' needs a text encoder", "--target", "give the target's manifest")
     keep, rounds, encoders = _by_text_states(ids, captions, member, group, options, seed, encoder)
@@ -111,19 +111,13 @@ def _chosen(
 
 
 def _matched(
-    ids: list[str],
-    captions: list[str],
-    images: list[bytes] | None,
-    member: np.ndarray,
-    group: np.ndarray,
-    options: Any,
-    seed: int,
+    captions: list[str], looks: np.ndarray | None, member: np.ndarray, group: np.ndarray, options: Any, seed: int
 ) -> Chosen:
     from mia import blind, matching
 
     views = [matching.View("caption", captions)]
-    if images is not None:
-        views.append(matching.View("image", blind.of_images(ids, images), blind.IMAGE_STATISTICS))
+    if looks is not None:
+        views.append(matching.View("image", looks, blind.IMAGE_STATISTICS))
     found = matching.matched(views, member, group, options, seed)
     report = {"rounds": found.rounds, "balance": found.balance, "passed": found.passed, "caliper": found.caliper}
     return Chosen(found.keep, found.reason, report)
@@ -198,8 +192,8 @@ def _two_tables(
         raise UserError("tables have no column 'caption'", f"{members} and {nonmembers}", "give captions on both sides")
     member, group = truth["member"].to_numpy(), truth["group"].to_numpy()
     encoder = encoder | {"rounds_folder": encoder["rounds_folder"] or output_dir / "rounds"}
-    images = None if seen.images is None else list(seen.images)
-    chosen = _chosen(list(seen.ids), list(seen.captions), images, member, group, options, seed, encoder)
+    ids, captions = list(seen.ids), list(seen.captions)
+    chosen = _chosen(ids, captions, seen.image_statistics, member, group, options, seed, encoder)
     report = {
         "method": options.method, "seed": seed, "options": dataclasses.asdict(options),
         "kept": {"members": int((chosen.keep & member).sum()), "nonmembers": int((chosen.keep & ~member).sum())},
