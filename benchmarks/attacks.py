@@ -64,7 +64,7 @@ def rows(ids: list[str], name: str, layout: tuple, generator: np.random.Generato
         "model_loss": pa.array(generator.random(n)), "latent_error": pa.array(generator.random(n) + 0.01),
         "pixel_error": pa.nulls(n, pa.float64()),
     }  # fmt: skip
-    for column, size in (("gram", 10), ("norms", 10), ("bands", 5)):
+    for column, size in (("gram", 10), ("norms", 10), ("bands", 10)):
         values = generator.random((n, size)) + 1
         if column == "gram":  # of vectors of length 1 that point apart
             values = np.tile([1.0, 0.1, 0.1, 0.1, 1.0, 0.8, 0.8, 1.0, 0.9, 1.0], (n, 1)) + values / 100

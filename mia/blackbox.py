@@ -66,7 +66,7 @@ def variations(
     Args:
         images: uint8[n, H, W, 3], of the size that the service varies.
         prompts: sent along; empty ones keep the captions, which may tell members by themselves, out of it.
-        bands: latent channels + 1; see `rows.features_rows`.
+        bands: see `rows.features_rows`.
 
     Raises:
         UserError: the service gives images of another size, or its budget is too small for all.

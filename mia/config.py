@@ -185,7 +185,7 @@ class FeaturesOptions:
     for each shard, if it is not 0.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     settings: tuple[int, ...] = (18, 1, 15, 16)
     probes: tuple[str, ...] = ()
     losses: tuple[str, ...] = ("model_loss", "latent_error", "pixel_error")
@@ -213,7 +213,7 @@ class ScoresOptions:
     `standardize` scales features for logistic regression and the neural net; the paper does not (arXiv 2306.12983).
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     attacks: tuple[str, ...] = ("loss_threshold", "random_forest")
     folds: int = 5
     standardize: bool = True

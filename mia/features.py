@@ -7,7 +7,6 @@ The engine never sees a membership label. Formulas: arXiv 2306.12983 as its auth
 from __future__ import annotations
 
 import concurrent.futures
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +21,6 @@ from mia.walks import Counts
 if TYPE_CHECKING:
     from mia.networks import Network
     from mia.reader import Batch, Samples
-
-log = logging.getLogger(__name__)
 
 
 def extract(
@@ -53,7 +50,7 @@ def extract(
     with torch.inference_mode():
         for batch in progress(batches):
             engine.read(batch)
-    bands = samples.latents["image"].shape[1] + 1
+    bands = tables.bands(samples.latents["image"].shape[1])
     pieces = [_as_table(block, _joined(rows), samples.ids, bands) for (block, _), rows in engine.kept.items()]
     return tables.check(pa.concat_tables(pieces or [_nothing(bands)]), "features"), engine.counts
 
@@ -95,7 +92,7 @@ class Ahead:
 
 
 class Engine:
-    """Reads batches and remembers what they gave, what they cost, and how large a batch the device holds."""
+    """Reads batches and remembers what they gave and what they cost."""
 
     def __init__(self, network: Network, condition: dict[str, Any], options: FeaturesOptions):
         import torch
@@ -109,36 +106,20 @@ class Engine:
         }
         self.kept: dict[tuple[str, frozenset], list[dict]] = {}  # by block and by what was kept of it
         self.counts = Counts()
-        self.largest = 2**31
+        self.memory = models.Memory(on)
 
     def read(self, batch: Batch) -> None:
-        """Walk the job for one batch; in halves, from then on, if the device's memory does not hold it."""
-        import torch
+        """Walk the job for one batch, or for its parts if the device's memory does not hold it whole."""
+        self.memory.read(lambda rows, real: self._walk(batch.part(rows, real)), len(batch.image), batch.real)
 
+    def _walk(self, batch: Batch) -> None:
         from mia.reader import Reader
 
-        rows, reader = len(batch.image), None
-        if rows <= self.largest:
-            try:
-                reader = Reader(self.network, self.condition, batch, self.options)
-                walks.walk(reader, first_draw=bool((batch.draw == 0).all()))
-            except torch.OutOfMemoryError as problem:
-                if rows == 1:
-                    raise UserError(
-                        "the device's memory does not hold one image", str(self.network.device), "use a larger one"
-                    ) from problem
-                self.largest = rows // 2
-                log.warning("%d rows do not fit into memory; going on with %d", rows, self.largest)
-            else:
-                self.counts += reader.counts
-                for block, entry in reader.kept:
-                    self.kept.setdefault((block, frozenset(entry)), []).append(entry)
-                return
-        reader = None  # with all that it holds on the device
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        for half in batch.halves():
-            self.read(half)
+        reader = Reader(self.network, self.condition, batch, self.options)
+        walks.walk(reader, first_draw=bool((batch.draw == 0).all()))
+        self.counts += reader.counts
+        for block, entry in reader.kept:
+            self.kept.setdefault((block, frozenset(entry)), []).append(entry)
 
 
 def _joined(entries: list[dict]) -> dict[str, np.ndarray]:

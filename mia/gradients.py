@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from mia import rng, rows
+from mia import models, rng, rows
 from mia.errors import UserError
 
 if TYPE_CHECKING:
@@ -232,10 +232,16 @@ def backward(
     n, width = len(samples.ids), len(weights) if gsa else 0
     gsa1, gsa2, masked = np.empty((n, width)), np.empty((n, width)), np.empty((n, len(masking)))
     out = Backward(gsa1, gsa2, masked, tuple(masking), tuple(weights) if gsa else (), Counts())
+    memory = models.Memory(next(iter(weights.values())).device)
     with differentiable(weights, bool(gsa), options.dtype) as dtype:
-        for row in progress(range(n)):
-            one = _Image(denoiser, samples, row, weights, options, dtype, out.counts)
+
+        def work(image: slice, real: int) -> None:
+            row = image.start
+            one = _Image(denoiser, samples, row, weights, options, dtype, out.counts, memory)
             out.gsa1[row], out.gsa2[row], out.masking[row] = one.scores(gsa, masking)
+
+        for row in progress(range(n)):
+            memory.read(work, 1, 1, row)
     return out
 
 
@@ -244,10 +250,10 @@ class _Image:
 
     def __init__(
         self, denoiser: Denoiser, samples: Samples, row: int, weights: dict[str, Any], options: Options, dtype: Any,
-        counts: Counts,
+        counts: Counts, memory: models.Memory,
     ):  # fmt: skip
         self.denoiser, self.samples, self.weights, self.options = denoiser, samples, weights, options
-        self.row, self.dtype, self.counts = row, dtype, counts
+        self.row, self.dtype, self.counts, self.memory = row, dtype, counts, memory
         self.z0, self.eps = samples.pair(np.array([row]), next(iter(weights.values())).device)
 
     def scores(self, gsa: list[int], masking: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -308,8 +314,19 @@ class _Image:
     def masked(self, masks: list, timesteps: list[int]) -> np.ndarray:
         """norm((eps - z0)[M] - e[M]), e being the noise predicted for z0 with eps in place of its masked entries.
 
-        All timesteps of the image in one call, without gradients.
+        All timesteps of the image in one call, where memory holds it, without gradients.
         """
+        found = np.empty(len(timesteps))
+
+        def work(rows: slice, real: int) -> None:
+            found[rows] = self.restored(masks[rows], timesteps[rows])
+
+        self.memory.read(work, len(timesteps), len(timesteps))
+        self.refuse(~np.isfinite(found)[:, None], timesteps, "masked score", ["latent"])
+        return found
+
+    def restored(self, masks: list, timesteps: list[int]) -> np.ndarray:
+        """What `masked` says of some timesteps, by one call; NaN where the mask is empty."""
         import torch
 
         mask = torch.cat(masks)
@@ -322,9 +339,7 @@ class _Image:
             empty = torch.full((count,), float("nan"), dtype=torch.float64, device=z.device)
             score = torch.where(mask.flatten(1).any(1), off.flatten(1).norm(dim=1), empty)
         self.counts.unet_rows += count
-        found = score.cpu().numpy()
-        self.refuse(~np.isfinite(found)[:, None], timesteps, "masked score", ["latent"])
-        return found
+        return score.cpu().numpy()
 
     def refuse(self, bad: np.ndarray, timesteps: list, what: str, tensors: Sequence[str] = ()) -> None:
         """Stop at a value that is not finite, bool[timesteps, tensors]."""

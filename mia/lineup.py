@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from mia.scored import CHOSEN
 from mia.summary import Results, Target, reported, tpr_key, wide
 
 # One call in units of a UNet row of Stable Diffusion 1.x, by counted FLOP. Source: `performance.md` A.
-DECODE, ENCODE, BACKWARD = 2.51452 / 0.80327, 1.11666 / 0.80327, 2.0
+DECODE, ENCODE = 2.51452 / 0.80327, 1.11666 / 0.80327
 CAPTION, CAPTION_SHIFT = "the caption", "the caption, which tells by itself"
 LEVEL = 0.05
 
@@ -23,12 +23,13 @@ def lineup(results: Results) -> pl.DataFrame:
     """One row for each attack on the main target, each with its variant chosen on calibration, read on test.
 
     Columns: attack; variant; access, labels (whether labelled samples are needed) and cost (in UNet rows for one image,
-    alone, at the attack's own defaults); for AUC and each TPR `wide`'s columns; the same attack's TPR and AUC under the
-    empty prompt (`null_`) and on each control (`<name>_`); driven, what the attack's advantage over its twin is due to.
+    alone, under this run's options, or at the attack's own defaults where they are not known); for AUC and each TPR
+    `wide`'s columns; the same attack's TPR and AUC under the empty prompt (`null_`) and on each control (`<name>_`);
+    driven, what the attack's advantage over its twin is due to.
     """
     main = _of(results.main, results)
     rows = main.filter(~pl.col("attack").is_in(set(attacks.TWINS)), pl.col("attack") != CHOSEN)
-    about = [_about(attack, variant) for attack, variant in rows.select("attack", "variant").iter_rows()]
+    about = [_about(attack, variant, results) for attack, variant in rows.select("attack", "variant").iter_rows()]
     kinds = {"access": pl.String, "labels": pl.Boolean, "cost": pl.Float64}
     rows = rows.hstack(pl.DataFrame(about, schema=kinds, orient="row"))
     keys = ["auc", tpr_key(results.fpr_targets[0])]
@@ -46,25 +47,27 @@ def _of(target: Target, results: Results) -> pl.DataFrame:
     return wide(reported(target.metrics), results.fpr_targets)
 
 
-def _about(attack: str, variant: str) -> tuple[str, bool, float | None]:
+def _about(attack: str, variant: str, results: Results) -> tuple[str, bool, float | None]:
     """Access, whether labels are needed, and cost of an attack of the registry or of a setting."""
-    known = attacks.REGISTRY.get(attack)
+    known = results.field.get(attack) or attacks.REGISTRY.get(attack)
     if known is None:
-        return "grey", False, _of_setting(attack, variant.partition("@")[0])
+        return "grey", False, _of_setting(attack, variant.partition("@")[0], results)
     if known.unet_rows is None:  # a classifier on the losses of all settings
         return known.access, known.labels, None
     rows = known.unet_rows / (2 if known.paired else 1)  # the registry counts the twin, too
     extra = known.decodes * DECODE if known.decodes else 0.0
-    return known.access, known.labels, rows + extra + known.encodes * ENCODE + known.backwards * BACKWARD
+    backwards = known.backwards * (2 if known.to_weights else 1)  # see `docs/expensive_attacks.md`
+    return known.access, known.labels, rows + extra + known.encodes * ENCODE + backwards
 
 
-@functools.cache
-def _of_setting(name: str, loss: str) -> float | None:
-    """The cost of one loss of one setting, 5 draws."""
-    number = next((of.number for of in settings.SETTINGS.values() if of.name == name), None)
-    if number is None or loss not in settings.LOSSES:
+def _of_setting(name: str, loss: str, results: Results) -> float | None:
+    """The cost of one loss of one setting."""
+    of = next((of for of in settings.SETTINGS.values() if of.name == name), None)
+    if of is None or loss not in settings.LOSSES:
         return None
-    work = walks.planned(FeaturesOptions(settings=(number,), losses=(loss,), draws=5))
+    options = results.jobs.get(settings.job_of(of), FeaturesOptions())
+    alone = dataclasses.replace(options, settings=(of.number,), probes=(), losses=(loss,))
+    work = walks.planned(alone, results.has_null)
     return work.unet_rows + work.decodes * DECODE + ENCODE
 
 

@@ -9,8 +9,9 @@ import difflib
 import hashlib
 import inspect
 import json
+import logging
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from mia.schedules import Schedule, flow_schedule
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
 
 MIN_BATCH = 16
 WEIGHTS = ("unet", "transformer", "vae", "vqvae", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -71,6 +74,47 @@ def batches(rows: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
     for start in range(0, rows, size):
         run = np.arange(start, min(start + size, rows))
         yield np.pad(run, (0, max(0, MIN_BATCH - len(run))), mode="edge"), len(run)
+
+
+class Memory:
+    """How large a batch a device's memory holds: found out by trying, and kept to from then on."""
+
+    def __init__(self, device: object) -> None:
+        self.device, self.largest = device, 2**31
+
+    def read(self, work: Callable[[slice, int], None], rows: int, real: int, start: int = 0) -> None:
+        """Have `work` done on a batch of which the first `real` rows count; in halves if memory does not hold it.
+
+        Args:
+            work: of a slice of the batch and the count of its real rows. It is done again, in halves, when it runs out
+                of memory: so it is to keep nothing, and to count nothing, before it is done.
+            rows: of the batch, from `start` on.
+            real: how many of them are not padding; a half without any is left out.
+            start: where the batch begins.
+
+        Raises:
+            UserError: not even one row fits.
+        """
+        import torch
+
+        if rows <= self.largest:
+            try:
+                work(slice(start, start + rows), real)
+            except torch.OutOfMemoryError as problem:
+                if rows == 1:
+                    raise UserError(
+                        "the device's memory does not hold one image", str(self.device), "use a larger one"
+                    ) from problem
+                self.largest = rows // 2
+                log.warning("%d rows do not fit into memory; going on with %d", rows, self.largest)
+            else:
+                return
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # what the attempt held went with its error
+        half = rows // 2
+        self.read(work, half, min(real, half), start)
+        if real > half:
+            self.read(work, rows - half, real - half, start + half)
 
 
 def locate(source: str, revision: str = "") -> pathlib.Path:

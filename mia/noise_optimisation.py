@@ -34,7 +34,8 @@ def optimise(
 ) -> Optimised:
     """The loss that is left when z_t + delta is optimised for it, and how long delta is. After CDI, arXiv 2411.12858.
 
-    Each sample has its own L-BFGS, in float64 around the network's own precision; `batch_size` changes no result.
+    Each sample has its own L-BFGS, in float64 around the network's own precision; `batch_size` changes no result,
+    and is halved where memory does not hold it.
 
     Raises:
         UserError: a loss at delta = 0 is not finite; names sample and timestep.
@@ -46,12 +47,20 @@ def optimise(
     n, counts = len(samples.ids), Counts()
     loss, norm = np.empty(n), np.empty(n)
     with differentiable(weights, False, options.dtype) as dtype:
-        for run, real in progress(list(models.batches(n, batch_size))):
-            evaluate = _loss_of_delta(denoiser, samples, run, real, options.noise_timestep, device, dtype, counts)
+
+        def work(rows: slice, real: int) -> None:
+            nonlocal counts
+            run, done = batch[rows], Counts()
+            evaluate = _loss_of_delta(denoiser, samples, run, real, options.noise_timestep, device, dtype, done)
             start = torch.zeros(len(run), samples.z0[0].numel(), dtype=torch.float64, device=device)
             value, delta = lbfgs.minimise(evaluate, start, options.noise_iterations)
             loss[run[:real]] = value[:real].cpu().numpy()
             norm[run[:real]] = delta[:real].norm(dim=1).cpu().numpy()
+            counts += done
+
+        memory = models.Memory(device)
+        for batch, whole in progress(list(models.batches(n, batch_size))):
+            memory.read(work, len(batch), whole)
     bad = ~np.isfinite(loss)
     if bad.any():
         raise UserError(

@@ -14,8 +14,7 @@ from mia.config import FeaturesOptions
 from mia.walks import Counts
 
 UNET_TFLOP, DECODE_TFLOP, ENCODE_TFLOP, TEXT_TFLOP = 0.80327, 2.51452, 1.11666, 0.01330
-BACKWARD_TFLOP = 2 * UNET_TFLOP  # a backward pass computes the gradients of activations and of weights
-LOSS_BYTES, STATISTICS_BYTES = 4, 8 * 25  # float32 losses; Gram matrix, norms and bands in float64
+LOSS_BYTES, STATISTICS_BYTES = 4, 8 * 30  # float32 losses; Gram matrix, norms and bands in float64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +36,7 @@ class Plan:
         total: distinct rows and decodes of all.
         encodes, texts: images through the encoder (crops too), and captions through the text encoder.
         backwards: backward passes through the denoiser; each has its forward among the rows.
+        to_weights: those of them that go on to its weights; each of the two parts is taken to cost a forward.
         pictures: asked of the target, or of a service in its place.
         values: losses and statistics written, in bytes before compression.
     """
@@ -48,21 +48,29 @@ class Plan:
     backwards: int
     pictures: int
     values: int
+    to_weights: int = 0
 
     @property
     def tflop(self) -> float:
         """TFLOP for one image of Stable Diffusion 1.x."""
         calls = self.total.unet_rows * UNET_TFLOP + self.total.decodes * DECODE_TFLOP
-        return calls + self.encodes * ENCODE_TFLOP + self.texts * TEXT_TFLOP + self.backwards * BACKWARD_TFLOP
+        return (
+            calls
+            + self.encodes * ENCODE_TFLOP
+            + self.texts * TEXT_TFLOP
+            + (self.backwards + self.to_weights) * UNET_TFLOP
+        )
 
 
 def plan(
-    options: FeaturesOptions, more: Counts | None = None, encodes: int = 0, backwards: int = 0, pictures: int = 0
-) -> Plan:
+    options: FeaturesOptions, more: Counts | None = None, encodes: int = 0, backwards: int = 0, pictures: int = 0,
+    to_weights: int = 0,
+) -> Plan:  # fmt: skip
     """The plan of the settings and probes of `options`.
 
     Args:
-        more, encodes, backwards, pictures: work of the probes that are passes of their own (gradients, pictures).
+        more, encodes, backwards, pictures, to_weights: work of the probes that are passes of their own (gradients,
+            pictures).
     """
     lines, before = [], dict[str, FeaturesOptions]()
     for number in options.settings:
@@ -87,7 +95,8 @@ def plan(
         lines.append(Line("gradients and pictures", 0, more, more))
     total = sum((walks.planned(its) for its in jobs.values()), more or Counts())
     crops, prompts = ("crops" in options.probes) * len(options.crops), ("prompts" in options.probes) * 3
-    return Plan(lines, total, 1 + crops + encodes, 1 + prompts, backwards, pictures, _bytes(options, jobs.values()))
+    values = _bytes(options, jobs.values())
+    return Plan(lines, total, 1 + crops + encodes, 1 + prompts, backwards, pictures, values, to_weights)
 
 
 def _bytes(options: FeaturesOptions, jobs: Iterable[FeaturesOptions]) -> int:

@@ -35,7 +35,7 @@ class Samples:
             prompt's or null class's, where the model has one.
         text: rows of `condition`, int64[n], for `caption` and each of `prompt-1`, `prompt-2` ... that is to be read.
         pixels: the image itself, float32[n, 3, side, side] in 0..255, or None when pixel error is not asked for.
-        spread: standard deviation of the scaled posterior, like the latent, when each draw samples its own z0.
+        spread: standard deviation of the scaled posteriors, like `latents`, when each draw samples its own z0.
     """
 
     ids: Sequence[str]
@@ -43,7 +43,7 @@ class Samples:
     condition: dict[str, torch.Tensor]
     text: dict[str, np.ndarray]
     pixels: torch.Tensor | None = None
-    spread: torch.Tensor | None = None
+    spread: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,19 +62,13 @@ class Batch:
     tensors: dict[str, torch.Tensor]
     text: dict[str, torch.Tensor]
 
-    def halves(self) -> list[Batch]:
-        """Two batches of half the rows; a half without any real row is left out."""
-        cut = len(self.image) // 2
-        parts = [(slice(None, cut), min(self.real, cut)), (slice(cut, None), max(0, self.real - cut))]
-        return [
-            Batch(
-                self.image[rows], self.draw[rows], real,
-                {name: value[rows] for name, value in self.tensors.items()},
-                {name: value[rows] for name, value in self.text.items()},
-            )
-            for rows, real in parts
-            if real
-        ]  # fmt: skip
+    def part(self, rows: slice, real: int) -> Batch:
+        """The batch of these rows, of which the first `real` count."""
+        return Batch(
+            self.image[rows], self.draw[rows], real,
+            {name: value[rows] for name, value in self.tensors.items()},
+            {name: value[rows] for name, value in self.text.items()},
+        )  # fmt: skip
 
 
 def prepare(samples: Samples, options: FeaturesOptions, seed: int, pairs: np.ndarray, real: int, pin: bool) -> Batch:
@@ -87,9 +81,9 @@ def prepare(samples: Samples, options: FeaturesOptions, seed: int, pairs: np.nda
     ids = [samples.ids[i] for i in image]
     shape = tuple(samples.latents[IMAGE].shape[1:])
     tensors = {source: z0[image] for source, z0 in samples.latents.items()}
-    if samples.spread is not None:
-        own = rng.noise(seed, ids, draw.tolist(), "posterior", shape)
-        tensors[IMAGE] = tensors[IMAGE] + samples.spread[image] * torch.from_numpy(own)
+    if samples.spread:  # an image and its crops share the noise: PFAMI compares them
+        own = torch.from_numpy(rng.noise(seed, ids, draw.tolist(), "posterior", shape))
+        tensors |= {source: tensors[source] + spread[image] * own for source, spread in samples.spread.items()}
     tensors["eps"] = torch.from_numpy(rng.noise(seed, ids, draw.tolist(), "forward", shape))
     chosen = [settings.setting(number) for number in options.settings]
     if any(of.latent_shift for of in chosen):
@@ -232,7 +226,8 @@ def statistics(
 ) -> dict[str, torch.Tensor]:
     """Gram matrix, order-dependent norms and band energies of one batch; what needs an absent tensor is NaN.
 
-    Bands are those of cond - eps; without noise, of z0 itself, which say how busy an image is and involve no model.
+    Bands are those of cond - eps and of null - eps; without noise the first are z0's own, which say how busy an image
+    is and involve no model.
     """
     import torch
 
@@ -245,7 +240,9 @@ def statistics(
     for e in (v, u):
         e, d = e.double().flatten(1), (e - noise).double().flatten(1)
         norms += [d.abs().sum(1), d.pow(4).sum(1), d.abs().pow(5).sum(1), e.abs().sum(1), e.pow(4).sum(1)]
-    d = (z0 if eps is None else v - noise).double()
-    low = torch.nn.functional.avg_pool2d(d, 2).square().sum((1, 2, 3)) * 4  # energy of the 2x2 block means
-    bands = torch.cat([d.square().sum((2, 3)), low[:, None]], 1)
-    return {"gram": gram[:, upper[0], upper[1]], "norms": torch.stack(norms, 1), "bands": bands}
+    bands = []
+    for d in (z0 if eps is None else v - noise, u - noise):
+        d = d.double()
+        low = torch.nn.functional.avg_pool2d(d, 2).square().sum((1, 2, 3)) * 4  # energy of the 2x2 block means
+        bands += [d.square().sum((2, 3)), low[:, None]]
+    return {"gram": gram[:, upper[0], upper[1]], "norms": torch.stack(norms, 1), "bands": torch.cat(bands, 1)}

@@ -192,7 +192,7 @@ def _controls(results: Results) -> Figure | str:
 
 
 def _costs(results: Results) -> Figure | str:
-    """Cost against what is found: each attack at its own defaults, blind baseline and control beside."""
+    """Cost against what is found: each attack alone, as this run had it, blind baseline and control beside."""
     rows, target = lineup.lineup(results), results.fpr_targets[0]
     shown = lineup.points(results, rows)
     if not shown:

@@ -21,7 +21,7 @@ def features_rows(
         ids: sample id of each row.
         timestep: of each row, or one for all.
         draw: of each row, or one for all.
-        bands: length of the column `bands` (latent channels + 1), which all of one target's files share.
+        bands: length of the column `bands` (`tables.bands`), which all of one target's files share.
         model_loss: float[n].
         vector: float[n, k]; NaN entries become null.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import http.client
 import io
 import json
@@ -219,7 +220,9 @@ class LocalService:
 
         out = np.empty((n, self.side, self.side, 3), np.uint8)
         guided = self.sampling.guidance_scale != 0
-        for run, real in models.batches(n, self.sampling.batch_size):
+
+        def work(rows: slice, real: int) -> None:
+            run = batch[rows]
             asked = [prompts[i] for i in run]
             with torch.inference_mode():
                 z = start(run)
@@ -230,7 +233,14 @@ class LocalService:
                 out[run[:real]] = self.decode(z)[:real]
             self.counts.unet_rows += real * len(walk) * (1 + guided)
             self.counts.decodes += real
+
+        for batch, whole in models.batches(n, self.sampling.batch_size):
+            self._memory.read(work, len(batch), whole)
         return out
+
+    @functools.cached_property
+    def _memory(self) -> models.Memory:
+        return models.Memory(self.device)
 
     def _predict(self, z: torch.Tensor, t: int, conditions: list) -> torch.Tensor:
         """The noise predicted, guided when there are two conditions: the prompt's and the empty one's."""

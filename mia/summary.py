@@ -13,7 +13,8 @@ import numpy as np
 import polars as pl
 
 from mia import settings
-from mia.attacks import TWINS
+from mia.attacks import TWINS, Attack
+from mia.config import FeaturesOptions
 from mia.scored import CHOSEN
 
 SPLITS = (
@@ -73,6 +74,9 @@ class Results:
         attrition, survival: statuses of downloads by pool, and whether a live link predicts membership.
         planted: candidate_id, member_id, transform, same_caption; None when there is no such truth.
         made: what each stage's table says of its own making, by stage.
+        field: the attacks of the registry with what they cost in this run, by name; others are at their defaults.
+        jobs: options of the jobs that read the main target, by name; others are at their defaults.
+        has_null: whether the main target knows an empty prompt; without it guidance costs nothing.
     """
 
     name: str
@@ -93,6 +97,9 @@ class Results:
     attrition: pl.DataFrame
     survival: dict[str, Any]
     made: dict[str, dict[str, Any]]
+    field: dict[str, Attack] = dataclasses.field(default_factory=dict)
+    jobs: dict[str, FeaturesOptions] = dataclasses.field(default_factory=dict)
+    has_null: bool = True
 
     @property
     def main(self) -> Target:

@@ -144,6 +144,11 @@ def caption_id(caption: str) -> str:
     return hashlib.sha256(caption.encode()).hexdigest()[:32]
 
 
+def bands(channels: int) -> int:
+    """Length of the column `bands`: energies by latent channel and of low frequencies, under either prompt."""
+    return 2 * (channels + 1)
+
+
 def shard_of(ids: Sequence[str], shards: int) -> np.ndarray:
     """The shard of each sample, int64[n] in 0..shards-1: equal ranges of the (hashed, hence label-free) id space."""
     return np.array([int(i[:8], 16) * shards >> 32 for i in ids], dtype=np.int64)

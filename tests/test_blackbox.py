@@ -186,6 +186,31 @@ def test_work_is_counted_and_planned(parts, images):
     assert services.planned(Sampling(), generations=64) == Counts(6400, 64, 0)  # FSCA's
 
 
+def test_pictures_that_do_not_fit_are_drawn_in_halves_and_counted_once(parts, service, images):
+    import torch
+
+    class Small(Network):
+        """A network on a device that holds five rows at a time, and never learns it twice."""
+
+        refused = 0
+
+        def __call__(self, z, t, condition):
+            if len(z) > 5:
+                self.refused += 1
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().__call__(z, t, condition)
+
+    network = Small(parts[0].unet, parts[0].vae)
+    small = LocalService.of(network, parts[1], SAMPLING)
+    for _ in range(2):
+        shown = small.vary(images[:2], 0.4, [7, 8], ["a dog", "two cats"])
+    assert network.refused == 2  # 16 rows, then 8
+    once = services.planned(SAMPLING, variations=4, strength=0.4)
+    assert small.counts == once
+    whole = service.vary(images[:2], 0.4, [7, 8], ["a dog", "two cats"])
+    assert np.abs(shown.astype(int) - whole).max() <= 1  # kernels for few rows sum in another order
+
+
 def test_a_model_without_a_null_condition_is_not_guided(parts):
     class Plain(Network):
         has_null = False

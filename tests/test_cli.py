@@ -322,7 +322,9 @@ def stages(tmp_path) -> pathlib.Path:
     dataset = pa.table([ids, ids, ids, ids, member, ids, part, np.ones(n)], schema=tables.SCHEMAS["dataset"])
     tables.write(tmp_path / "dataset.parquet", dataset, "dataset", {})
     features = tables.SCHEMAS["features"]
-    features = features.set(features.get_field_index("bands"), pa.field("bands", pa.list_(pa.float64(), 4)))
+    features = features.set(
+        features.get_field_index("bands"), pa.field("bands", pa.list_(pa.float64(), tables.bands(3)))
+    )
     for shard, mine in enumerate((range(0, 70), range(70, n))):
         rows = [
             {"sample_id": ids[i], "block": "setting-18", "timestep": 301, "draw": draw,

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from mia import tables
+from mia.cli import reading
+from mia.config import FeaturesOptions
+from mia.errors import UserError
 from tests.conftest import ROOT, picture
 
 URLS = [f"file:{i}.png" for i in range(3)]
@@ -106,6 +111,43 @@ def test_two_devices_give_what_one_gives(world):
     code, line = read(world, "clean", "pia", "--device", "cpu,cpu", "--batch-size", "5", output="two")
     assert code == 0, line
     assert (world / "one.parquet").read_bytes() == (world / "two.parquet").read_bytes()
+
+
+def test_a_budget_is_the_shards_however_many_devices_share_it(world):
+    """3 samples of 2 variations are 6 pictures; of two devices one asks for 4 of them and the other for 2."""
+    assert manifest(world)[0] == latents(world)[0] == 0
+    asked = ("--selection", world / "selection.parquet", "--variations", "2", "--device", "cpu,cpu", "--query-budget")
+    code, line = read(world, "variations", "variations", *asked, "5")
+    wanted = "error: 6 pictures of 3 samples would exceed the budget of 5, features.query_budget, raise it"
+    assert code == 2 and line.startswith(wanted), line
+    assert read(world, "variations", "variations", *asked, "6")[0] == 0
+    assert tables.provenance(world / "features.parquet")["decodes"] == 6
+
+
+@pytest.mark.parametrize(
+    ("budget", "options", "asked"),
+    [
+        (0, {"probes": ("variations",), "variations": 10}, None),  # no limit
+        (70, {"probes": ("variations",), "variations": 10}, None),  # just enough for 7 samples
+        (69, {"probes": ("variations",), "variations": 10}, 70),
+        (1, {"probes": ("variations",), "variations": 1}, 7),  # fewer than samples, or than devices
+        (21, {"probes": ("generations",), "generations": 3}, None),
+        (20, {"probes": ("generations",), "generations": 3}, 21),
+        (1, {"probes": ("clean",)}, None),  # asks for none
+    ],
+)
+def test_a_budget_by_hand(tmp_path, budget, options, asked):
+    """Each shard has its own; what its 7 samples ask for is known, and refused, before the first request."""
+    ids = [tables.sample_id(str(i), "") for i in range(7)]
+    half = tables.vector_column(np.zeros((7, 4), np.float16))
+    rows = pa.table({"sample_id": ids, "caption_id": ids, "mean": half, "logvar": half})
+    tables.write(tmp_path / "latents.parquet", rows, "latents", {})
+    chosen = FeaturesOptions(settings=(), query_budget=budget, **options)
+    none = tmp_path / "none"
+    shard = reading.Shard(tmp_path / "latents.parquet", none, none, None, {}, "", chosen, 0)
+    said = f"{asked} pictures of 7 samples would exceed the budget of {budget}"
+    with pytest.raises(UserError, match=said) if asked else contextlib.nullcontext():
+        reading._require_budget(shard)
 
 
 @pytest.mark.parametrize(

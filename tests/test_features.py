@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from mia import families, features, latents, models, pixels, rng, settings, tables, walks
+from mia.cli import reading
 from mia.config import FeaturesOptions
 from mia.errors import UserError
 from mia.reader import Samples
@@ -206,6 +207,9 @@ def test_gram_matrix_gives_model_loss_and_latent_error(network, encoded):
         assert sse / 256 == pytest.approx(loss["model_loss"], rel=1e-6)
         assert sum(row["bands"][:4]) == pytest.approx(sse, rel=1e-6)
         assert 0 < row["bands"][4] < sse
+        under_null = g[at["eps_eps"]] - 2 * g[at["eps_null"]] + g[at["null_null"]]
+        assert sum(row["bands"][5:9]) == pytest.approx(under_null, rel=1e-6)
+        assert 0 < row["bands"][9] < under_null
         a, p = alpha[t], alpha[max(t - 100, 0)]
         root, w = math.sqrt(p * (1 - a) / a), 100.0
         k = math.sqrt(1 - p) - root
@@ -290,7 +294,8 @@ def test_the_clean_latent_is_told_that_it_is_noised(network, encoded, everything
     z0 = s.z0[0].double()
     squares = [(c, y, x) for c in range(4) for y in (0, 2, 4, 6) for x in (0, 2, 4, 6)]
     low = sum(4 * float(z0[c, y : y + 2, x : x + 2].mean()) ** 2 for c, y, x in squares)
-    assert row["bands"] == pytest.approx([*(float((z0[c] ** 2).sum()) for c in range(4)), low], rel=1e-6)
+    assert row["bands"][:5] == pytest.approx([*(float((z0[c] ** 2).sum()) for c in range(4)), low], rel=1e-6)
+    assert row["bands"][5:] == [None] * 5
 
 
 @pytest.mark.parametrize(("block", "text"), [("pia", "caption"), ("pia-null", "empty")])
@@ -433,14 +438,46 @@ def test_a_posterior_sample_moves_the_latent_by_its_spread(network, encoded):
 
     options = FeaturesOptions(settings=(), probes=("noised",), draws=2, posterior="sample")
     shard = samples_of(network, encoded, IDS[:2], pixels=False)
-    spread = torch.full_like(shard.latents["image"], 0.5)
-    its = walks.jobs(options)["noised"]
-    table, _ = features.extract(network, dataclasses.replace(shard, spread=spread), its, SEED, 64)
-    rows = rows_of(table, "noised").filter(pl.col("sample_id") == IDS[0], pl.col("timestep") == 101).to_dicts()
-    for draw, row in enumerate(rows):
-        own = rng.stream(SEED, IDS[0], draw, "posterior").standard_normal((4, 8, 8), dtype=np.float32)
-        z0 = shard.latents["image"][0].numpy() + 0.5 * own
-        assert gram_of(row)["z0_z0"] == pytest.approx(float((z0.astype(np.float64) ** 2).sum()), rel=1e-6)
+    spread = {
+        name: torch.full_like(z0, size) for (name, z0), size in zip(shard.latents.items(), (0.5, 2.0), strict=True)
+    }
+    shard = dataclasses.replace(shard, spread=spread)
+    for block, size, draws in (("noised", 0.5, 2), ("crop-82", 2.0, 1)):
+        job = block.partition("-")[0].replace("crop", "crops")
+        its = walks.jobs(dataclasses.replace(options, probes=(job,)))[job]
+        table, _ = features.extract(network, shard, its, SEED, 64)
+        rows = rows_of(table, block).filter(pl.col("sample_id") == IDS[0], pl.col("timestep") == 101).to_dicts()
+        assert len(rows) == draws
+        for draw, row in enumerate(rows):  # the crop has the image's own noise, since PFAMI compares the two
+            own = rng.stream(SEED, IDS[0], draw, "posterior").standard_normal((4, 8, 8), dtype=np.float32)
+            z0 = shard.latents["image" if block == "noised" else block][0].numpy() + size * own
+            assert gram_of(row)["z0_z0"] == pytest.approx(float((z0.astype(np.float64) ** 2).sum()), rel=1e-6)
+
+
+def test_a_crops_posterior_is_read_like_the_images(network, encoded, tmp_path):
+    """82 % of 32 pixels are 26, from the fourth on; mean and spread are what the VAE itself says of them."""
+    import torch
+    from PIL import Image
+
+    found, texts, data = encoded
+    about = {"status": "ok", "detail": "", "sha256": "0" * 64, "width": 40, "height": 47, "format": "png", "phash": 0}
+    images = [{"sample_id": name, "bytes": data[name], **about} for name in IDS]
+    parts = {"latents": found, "texts": texts, "images": pa.Table.from_pylist(images, tables.SCHEMAS["images"])}
+    for name, table in parts.items():
+        tables.write(tmp_path / f"{name}.parquet", table, name, {"text_width": 32})
+    files = [tmp_path / f"{name}.parquet" for name in parts]
+    options = FeaturesOptions(settings=(), probes=("crops",), posterior="sample")
+    shard = reading.Shard(*files, None, {"source": ""}, "crops", options, SEED)
+    got = reading.samples(shard, network, network.autoencoder, None)
+    assert got.spread.keys() == got.latents.keys() == {"image", "crop-82"}
+    whole = latents.squares(data, [got.ids[2]], 32)[0]
+    crop = np.array(Image.fromarray(whole[3:29, 3:29]).resize((32, 32), Image.Resampling.BILINEAR))
+    for source, seen in (("image", whole), ("crop-82", crop)):
+        x = torch.from_numpy(seen.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        with torch.no_grad():
+            said = network.autoencoder.net.encode(x).latent_dist
+        np.testing.assert_allclose(got.latents[source][2], 0.7 * said.mean[0], rtol=2e-3, atol=2e-3)
+        np.testing.assert_allclose(got.spread[source][2], 0.7 * said.std[0], rtol=5e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 0.03), ("float16", 0.004)])

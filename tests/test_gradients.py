@@ -389,6 +389,61 @@ def test_optimised_noise_is_the_same_for_every_batch_size_order_and_company(unet
     assert whole.counts == gradients.planned(["noise-optimisation"], OPTIONS, 5) == Counts(30, 25)
 
 
+class Small(Network):
+    """A network on a device that holds only so many rows at a time, and from call `fails` on none."""
+
+    def __init__(self, unet, rows: int, fails: int = 10**9):
+        super().__init__(unet)
+        self.rows, self.fails, self.called = rows, fails, []
+
+    def __call__(self, z, t, condition):
+        import torch
+
+        self.called.append(len(z))
+        if len(z) > self.rows or len(self.called) == self.fails:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().__call__(z, t, condition)
+
+
+def test_a_batch_whose_noise_does_not_fit_is_halved_and_counted_once(unet, data):
+    whole = noise_optimisation.optimise(denoiser(unet), samples(data), OPTIONS, 16)
+    small = Small(unet, 5)
+    got = noise_optimisation.optimise(dataclasses.replace(denoiser(unet), network=small), samples(data), OPTIONS, 16)
+    # 5 samples and 11 rows of padding; of the halves the first 4 and then the fifth one's count
+    assert small.called[:3] == [16, 8, 4] and set(small.called[3:]) == {4} and len(small.called) == 2 + 6 + 6
+    assert got.counts == whole.counts == Counts(30, 25)
+    np.testing.assert_allclose(got.loss, whole.loss, rtol=1e-5)
+    np.testing.assert_allclose(got.norm, whole.norm, rtol=1e-4)
+    for name in ("loss", "norm"):
+        assert np.isfinite(getattr(got, name)).all()
+    with pytest.raises(UserError, match="memory does not hold one image, cpu, use a larger one"):
+        noise_optimisation.optimise(
+            dataclasses.replace(denoiser(unet), network=Small(unet, 0)), samples(data), OPTIONS, 16
+        )
+
+
+def test_rows_of_an_optimisation_that_runs_out_of_memory_half_way_are_not_counted(unet, data):
+    small = Small(unet, 16, fails=4)  # three evaluations of the whole batch, then no more of it
+    got = noise_optimisation.optimise(dataclasses.replace(denoiser(unet), network=small), samples(data), OPTIONS, 16)
+    assert small.called == [16] * 4 + [8] * 6
+    assert got.counts == Counts(30, 25)
+
+
+def test_masked_rows_that_do_not_fit_are_halved_and_counted_once(unet, data, found):
+    tens = tuple(range(0, 1000, 100))
+    options = Options((), tens)
+    whole = gradients.backward(denoiser(unet), samples(data, [0, 1]), options, ["gradient-masking"])
+    small = Small(unet, 3)
+    got = gradients.backward(
+        dataclasses.replace(denoiser(unet), network=small), samples(data, [0, 1]), options, ["gradient-masking"]
+    )
+    assert [n for n in small.called if n > 1] == [10, 5] + [2] * 8  # 5 is 2 and 3, 3 is 1 and 2
+    assert got.counts == whole.counts == Counts(40, 20)
+    np.testing.assert_allclose(got.masking, whole.masking, rtol=1e-5)
+    with pytest.raises(UserError, match="memory does not hold one image, cpu"):
+        gradients.backward(dataclasses.replace(denoiser(unet), network=Small(unet, 0)), samples(data), OPTIONS)
+
+
 def test_no_iterations_give_the_plain_loss(unet, data):
     options = dataclasses.replace(OPTIONS, noise_iterations=0)
     got = noise_optimisation.optimise(denoiser(unet), samples(data, [1]), options, 4)

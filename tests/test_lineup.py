@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 
-from mia import attacks, figures, lineup, summary
+from mia import attacks, figures, lineup, settings, summary, tables, walks
+from mia.cli import common, passes, report
+from mia.config import FeaturesOptions
 
 ENCODE, DECODE = 1.11666 / 0.80327, 2.51452 / 0.80327
 
@@ -28,8 +32,86 @@ ENCODE, DECODE = 1.11666 / 0.80327, 2.51452 / 0.80327
     ],
 )
 def test_costs_by_hand(attack, variant, access, labels, cost):
-    found = lineup._about(attack, variant)
+    """At the defaults, where nothing is known of the run."""
+    found = lineup._about(attack, variant, types.SimpleNamespace(field={}, jobs={}, has_null=True))
     assert found[:2] == (access, labels) and found[2] == (None if cost is None else pytest.approx(cost))
+
+
+# A run of 2 draws, 4 gradient timesteps, 2 pictures of 10 steps and 4 variations.
+RUN = FeaturesOptions(
+    settings=tuple(settings.SETTINGS), probes=(*walks.PROBES, *walks.PASSES), draws=2, generations=2,
+    generation_steps=10, variations=4, gradient_timesteps=(101, 301, 501, 701),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("attack", "variant", "has_null", "cost"),
+    [
+        ("fsca", "all", True, 2 * 10 * 2 + 2 * DECODE),  # not 64 pictures of 50 guided steps
+        ("fsca", "all", False, 2 * 10 + 2 * DECODE),  # no guidance without an empty prompt
+        ("pang", "mean", True, 2 * 10 * 2 + 2 * DECODE),
+        ("blind_pair", "pair", True, 0),
+        ("rediffuse", "ssim@050", True, 4 + 4 * (DECODE + ENCODE)),
+        ("gsa1", "all", True, 4 + 4 * 2 + ENCODE),
+        ("gradient_masking", "masked@101", True, 8 + 4 + ENCODE),  # to the input only: one forward's work
+        ("noise_optimisation", "loss@101", True, 6 + 5 + ENCODE),
+        ("loss", "mean", True, 15 * 2 + ENCODE),
+        ("frequency_low", "low@101", True, 15 * 2 + ENCODE),
+        ("denoising_loss", "l2@101", True, 2 + ENCODE),
+        ("memorisation", "mean", True, 15 * 2 * 2 + ENCODE),
+        ("multiple_loss", "l2@101", True, 10 + ENCODE),  # one draw, always
+        ("secmi", "error@140", True, 16 + ENCODE),
+        ("clid", "threshold", True, 15 + ENCODE),
+        ("baseline_loss_threshold", "latent_error@301", True, 2 * 2 + ENCODE),
+        ("baseline_loss_threshold", "latent_error@301", False, 2 + ENCODE),
+        ("partial_denoising", "pixel_error@051", True, 2 * (52 + 26 * DECODE) + ENCODE),
+    ],
+)
+def test_costs_are_those_of_the_run(attack, variant, has_null, cost):
+    """Through the options of its jobs, as they stand in the provenance of its features."""
+    jobs = walks.jobs(RUN)
+    field = {name: passes.as_run(about, jobs, has_null) for name, about in attacks.REGISTRY.items()}
+    run = types.SimpleNamespace(field=field, jobs=jobs, has_null=has_null)
+    assert lineup._about(attack, variant, run)[2] == pytest.approx(cost)
+
+
+def test_a_classifier_costs_what_all_settings_of_the_run_do():
+    """Settings 18 and 13 with 2 draws: one guided timestep; 10 timesteps without guidance; each with a decode."""
+    jobs = walks.jobs(FeaturesOptions(settings=(13, 18), probes=("noised", "clean"), draws=2))
+    run = types.SimpleNamespace(field={"random_forest": passes.as_run(attacks.REGISTRY["random_forest"], jobs)})
+    assert lineup._about("random_forest", "all", run)[2] == pytest.approx(2 * (2 + 10) + 2 * 11 * DECODE + ENCODE)
+
+
+def test_options_of_the_run_are_read_off_its_features(tmp_path):
+    kinds = {f.name: f.type for f in tables.SCHEMAS["features"]} | {"bands": pa.list_(pa.float64(), tables.bands(4))}
+    empty = pa.table({column: pa.array([], kind) for column, kind in kinds.items()})
+    for job, options in walks.jobs(RUN).items():
+        for shard in (0, 1):
+            made = common.made_by("features", options, 7, [], has_null=job != "clean")
+            tables.write(tmp_path / job / f"{shard}.parquet", empty, "features", made)
+    assert report._jobs(tmp_path) == (walks.jobs(RUN), False)
+    assert report._jobs(tmp_path / "nothing") == ({}, True)
+
+
+def test_of_many_pictures_pang_and_wang_look_at_three():
+    jobs = walks.jobs(FeaturesOptions(probes=("generations",), generations=64, generation_steps=10))
+    pictures = [passes.as_run(attacks.REGISTRY[name], jobs).decodes for name in ("pang", "pang_classifier", "fsca")]
+    assert pictures == [3, 3, 64]
+
+
+def test_what_was_not_run_costs_what_its_defaults_do():
+    """And under the default options every attack but FSCA, which has 64 pictures, costs what the registry says."""
+    usual = dataclasses.replace(
+        RUN,
+        **{
+            n: getattr(FeaturesOptions(), n)
+            for n in ("draws", "generations", "variations", "generation_steps", "gradient_timesteps")
+        },
+    )
+    for name, attack in attacks.REGISTRY.items():
+        assert passes.as_run(attack, {}).unet_rows == attack.unet_rows
+        of_settings = attack.unet_rows is None
+        assert of_settings or passes.as_run(attack, walks.jobs(usual)) == attack or name in ("fsca", "fsca_model")
 
 
 def results(gain: float, caption_low: float | None) -> types.SimpleNamespace:

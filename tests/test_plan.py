@@ -86,8 +86,9 @@ def test_probes_are_the_same_in_the_registry_in_the_walks_and_in_what_errors_adv
 
 @pytest.mark.parametrize(
     "name",
-    ["secmi", "secmi_nn", "secmi_copymark", "pia", "pian", "sima", "sima_mc", "loss", "noise_aggregation", "gsa1",
-     "gradient_masking", "noise_optimisation", "rediffuse", "pang"],
+    ["secmi", "secmi_nn", "secmi_copymark", "pia", "pian", "sima", "sima_mc", "loss", "noise_aggregation",
+     "frequency_low", "frequency_high", "memorisation", "gsa1", "gradient_masking", "noise_optimisation",
+     "rediffuse", "pang"],
 )  # fmt: skip
 def test_an_attacks_stated_cost_is_what_its_probe_alone_is_planned_to_cost(name):
     stated, tens = attacks.REGISTRY[name], tuple(range(1, 1000, 100))
@@ -95,6 +96,28 @@ def test_an_attacks_stated_cost_is_what_its_probe_alone_is_planned_to_cost(name)
     work = passes.planned(alone)
     rows = plan.plan(alone).total.unet_rows + work.counts.unet_rows
     assert (rows, work.counts.decodes, work.backwards) == (stated.unet_rows, stated.decodes, stated.backwards)
+
+
+@pytest.mark.parametrize("name", [name for name, attack in attacks.REGISTRY.items() if attack.every_draw])
+def test_an_attack_of_every_draw_costs_what_the_plan_says_for_any_number_of_them(name):
+    """`denoising_loss` reads one of the grid's 15 timesteps."""
+    few = FeaturesOptions(settings=(), probes=attacks.REGISTRY[name].probes, draws=3)
+    rows = passes.as_run(attacks.REGISTRY[name], walks.jobs(few)).unet_rows
+    assert rows * (15 if name == "denoising_loss" else 1) == plan.plan(few).total.unet_rows
+
+
+@pytest.mark.parametrize(
+    ("probes", "forwards"),
+    [  # backward passes to the input cost a forward, those that go on to the weights two
+        (("gsa",), 10 + 2 * 10), (("gradient_masking",), 20 + 10), (("noise_optimisation",), 6 + 5),
+        (("gsa", "gradient_masking"), 20 + 2 * 10), (("gsa", "gradient_masking", "noise_optimisation"), 26 + 20 + 5),
+    ],
+)  # fmt: skip
+def test_backward_passes_are_converted_by_what_they_go_to(probes, forwards):
+    """As the table of `docs/expensive_attacks.md` has it."""
+    options = FeaturesOptions(settings=(), probes=probes)
+    found = plan.plan(options, *passes.planned(options))
+    assert found.tflop == pytest.approx(forwards * plan.UNET_TFLOP + plan.ENCODE_TFLOP + plan.TEXT_TFLOP)
 
 
 def test_a_setting_on_timesteps_already_visited_costs_no_row():

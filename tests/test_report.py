@@ -196,7 +196,9 @@ class World:
         found = self.write_scores(self.datasets["sanitized"], names, *paths, *rivals)
         if about["role"] == "negative_control":
             self.controls[name] = found
-        kinds = {f.name: f.type for f in tables.SCHEMAS["features"]} | {"bands": pa.list_(pa.float64(), 4)}
+        kinds = {f.name: f.type for f in tables.SCHEMAS["features"]} | {
+            "bands": pa.list_(pa.float64(), tables.bands(3))
+        }
         empty = pa.table({column: pa.array([], kind) for column, kind in kinds.items()})
         self.put(f"features/{name}/noised/0.parquet", "features", empty, FeaturesOptions())
         made = {"unet": "ab12cd34ef567890" * 4, "encoders": "9" * 64, "libraries": {"torch": "2.13.0"}}

@@ -44,12 +44,14 @@ class Attack:
         decodes: VAE decodes; None: as the settings and losses say.
         encodes: VAE encodes.
         backwards: Backward passes through the UNet.
+        to_weights: Whether these go on to its weights, which doubles their work, or to its input alone.
         labels: Whether labelled samples are needed.
         paper: Where it is from.
         summary: What it measures.
         module: In `mia.attacks`; empty where `mia.scores` computes it from the settings' losses.
         options: What differs from the module's defaults.
         paired: Whether it runs under the empty prompt, too.
+        every_draw: Whether it reads every draw of the noised grid, so that its rows grow with them.
     """
 
     name: str
@@ -65,6 +67,8 @@ class Attack:
     decodes: int | None = 0
     encodes: int = 1
     backwards: int = 0
+    to_weights: bool = False
+    every_draw: bool = False
 
 
 TENS = tuple(range(1, 1000, 100))
@@ -107,9 +111,9 @@ REGISTRY: dict[str, Attack] = {
         _setting("neural_net", "a perceptron on all losses"),
         _setting("boosting", "boosted trees on all losses"),
         Attack("loss", "grey", NOISED, 150, "arXiv 2301.13188", "denoising loss at each timestep", "loss",
-               {"mean_over": TENS}, paired=True),
+               {"mean_over": TENS}, paired=True, every_draw=True),
         Attack("denoising_loss", "grey", NOISED, 10, CDI, "L2 norm at t = 101, mean over draws", "loss",
-               {"statistic": "l2", "timesteps": (101,)}, paired=True),
+               {"statistic": "l2", "timesteps": (101,)}, paired=True, every_draw=True),
         Attack("multiple_loss", "grey", NOISED, 20, CDI, "L2 norm at ten timesteps, one draw", "loss",
                {"statistic": "l2", "timesteps": TENS, "draws": 1}, paired=True),
         Attack("summed_loss", "grey", NOISED, 20, COPYMARK, "SSE summed over t up to 501, one draw", "loss",
@@ -132,24 +136,24 @@ REGISTRY: dict[str, Attack] = {
         Attack("sima", "grey", ("clean",), 40, "arXiv 2509.25003", "size of the prediction on the clean latent",
                "sima", paired=True),
         Attack("sima_mc", "grey", NOISED, 150, "arXiv 2509.25003", "size of the prediction on noised latents", "sima",
-               {"block": "noised"}, paired=True),
+               {"block": "noised"}, paired=True, every_draw=True),
         _clid("clid", 15, ("noised", "prompts"), "loss, and its rise without the caption"),
         _clid("clid_vector", 15, ("noised", "prompts"), "boosted trees on the same", form="vector"),
         _clid("clid_null", 6, NOISED, "the same by the empty prompt alone", prompts=()),
         Attack("noise_aggregation", "grey", ("aggregation",), 10, "arXiv 2510.21783",
                "distance between successive predictions", "aggregation", paired=True),
-        Attack("frequency_low", "grey", NOISED, 75, "arXiv 2505.20955", "loss in the low frequencies", "frequency",
-               {"band": "low"}),
-        Attack("frequency_high", "grey", NOISED, 75, "arXiv 2505.20955", "loss in the high frequencies", "frequency",
-               {"band": "high"}),
+        Attack("frequency_low", "grey", NOISED, 150, "arXiv 2505.20955", "loss in the low frequencies", "frequency",
+               {"band": "low"}, paired=True, every_draw=True),
+        Attack("frequency_high", "grey", NOISED, 150, "arXiv 2505.20955", "loss in the high frequencies", "frequency",
+               {"band": "high"}, paired=True, every_draw=True),
         Attack("memorisation", "grey", NOISED, 150, "Wen et al., ICLR 2024", "norm of the guidance direction",
-               "memorisation"),
+               "memorisation", every_draw=True),
         Attack("quantile_regression", "grey", ("secmi", "clean"), 32, "arXiv 2312.05140",
                "SecMI's error against images as hard", "quantile", labels=True, paired=True),
         Attack("gsa1", "white", ("gsa",), 10, "arXiv 2308.06405", "norms of the summed gradient, boosted trees", "gsa",
-               labels=True, backwards=10),
+               labels=True, backwards=10, to_weights=True),
         Attack("gsa2", "white", ("gsa",), 10, "arXiv 2308.06405", "mean norms of gradients, boosted trees", "gsa",
-               {"block": "gsa2"}, labels=True, backwards=10),
+               {"block": "gsa2"}, labels=True, backwards=10, to_weights=True),
         Attack("gradient_masking", "white", ("gradient_masking",), 20, CDI, "restoring what the loss rests on",
                "gradient_masking", backwards=10),
         Attack("noise_optimisation", "white", ("noise_optimisation",), 6, CDI, "how far noise must move to fit",

@@ -128,9 +128,13 @@ class Evidence:
             self._column(block, "norms")[..., tables.NORM_NAMES.index(name)], block, f"norm {name}", timesteps
         )
 
-    def bands(self, block: str, timesteps: Sequence[int] | None = None) -> np.ndarray:
-        """Energy of cond - eps by channel, then that of its 2x2 block means, float64[n, T, K, C + 1]."""
-        return self._known(self._column(block, "bands"), block, "band energies", timesteps)
+    def bands(self, block: str, timesteps: Sequence[int] | None = None, condition: str = "cond") -> np.ndarray:
+        """Energy of the prediction minus eps by channel, then that of its 2x2 block means, float64[n, T, K, C + 1]."""
+        width, first = self.shape[0] + 1, CONDITIONS.index(condition)
+        kept = self._column(block, "bands")[..., first * width : (first + 1) * width]
+        if kept.shape[-1] < width:  # extracted when the caption's alone were kept
+            raise UserError(f"block '{block}' holds no bands of '{condition}'", "features", f"run `{command(block)}`")
+        return self._known(kept, block, "band energies", timesteps)
 
     def vectors(self, block: str) -> np.ndarray:
         """What the block's own attack keeps, float32[n, T, K, k], at the timesteps where it keeps something."""

@@ -84,11 +84,12 @@ def features(
     if block in CAPTIONED and selection is None:
         raise UserError(f"block '{block}' needs the captions", "--selection", "give the selection table")
     shard = Shard(latents, texts, images, selection, about, block, jobs[block], seed, encoder)
-    found, counts, shape = read(shard, device.split(","), batch_size, compiled, common.progress(f"features {block}"))
+    found = read(shard, device.split(","), batch_size, compiled, common.progress(f"features {block}"))
     inputs = [latents, texts, images, *([selection] if block in CAPTIONED else [])]
     made = common.made_by(
         "features", jobs[block], seed, inputs, unet=about["unet"], encoders=about["encoders"], block=block,
-        device=device.split(",")[0].split(":")[0], latent_shape=shape, unet_rows=counts.unet_rows,
-        decodes=counts.decodes, libraries=models.LIBRARIES,
+        device=device.split(",")[0].split(":")[0], latent_shape=found.latent_shape,
+        has_null=found.has_null, unet_rows=found.counts.unet_rows, decodes=found.counts.decodes,
+        libraries=models.LIBRARIES,
     )  # fmt: skip
-    tables.write(output, found, "features", made)
+    tables.write(output, found.table, "features", made)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from mia import blackbox, gradients, noise_optimisation, services
+from mia import blackbox, gradients, noise_optimisation, services, tables, walks
 from mia.config import FeaturesOptions
 from mia.errors import UserError
 from mia.walks import Counts
 
 if TYPE_CHECKING:
+    from mia.attacks import Attack
     from mia.captions import Captions
     from mia.networks import Network
     from mia.reader import Samples
@@ -24,12 +27,13 @@ GRADIENT_PASSES = {
 
 
 class Work(NamedTuple):
-    """For one image: rows and decodes, encodes, backward passes, and pictures asked of a service."""
+    """For one image: rows and decodes, encodes, backward passes, pictures, and backward passes that go to weights."""
 
     counts: Counts
     encodes: int = 0
     backwards: int = 0
     pictures: int = 0
+    to_weights: int = 0
 
 
 def planned(options: FeaturesOptions, has_null: bool = True) -> Work:
@@ -42,7 +46,33 @@ def planned(options: FeaturesOptions, has_null: bool = True) -> Work:
         _sampling(options, "variations", has_null), variations=asked["variations"], strength=_pictures(options).strength
     )
     counts = Counts(white.unet_rows + drawn.unet_rows + varied.unet_rows, drawn.decodes + varied.decodes)
-    return Work(counts, varied.encodes, white.backwards, sum(asked.values()))
+    to_weights = gradients.planned([name for name in chosen if name == "gsa"], _gradients(options), 1).backwards
+    return Work(counts, varied.encodes, white.backwards, sum(asked.values()), to_weights)
+
+
+def as_run(attack: Attack, jobs: Mapping[str, FeaturesOptions], has_null: bool = True) -> Attack:
+    """An attack of the registry, its costs those under the options of the jobs that were run, by name.
+
+    As it is where its job was not among them, or where none of their options changes what it costs.
+    """
+    if attack.unet_rows is None:  # reads all settings
+        each = (dataclasses.replace(job, probes=()) for job in jobs.values() if job.settings)
+        whole = sum((walks.planned(job, has_null) for job in each), Counts())
+        return dataclasses.replace(attack, unet_rows=whole.unet_rows or None, decodes=whole.decodes)
+    probe = attack.probes[0]
+    job = jobs.get(walks.job_of(probe)) if attack.unet_rows else None
+    if job is None or not (attack.every_draw or probe in walks.PASSES):
+        return attack
+    if attack.every_draw:
+        rows = (attack.unet_rows or 0) * job.draws // FeaturesOptions().draws
+        return dataclasses.replace(attack, unet_rows=rows)
+    looked_at = getattr(importlib.import_module(f"mia.attacks.{attack.module}").Options, "images", job.generations)
+    own = dataclasses.replace(job, probes=attack.probes, generations=min(job.generations, looked_at))
+    work = planned(own, has_null)
+    return dataclasses.replace(
+        attack, unet_rows=work.counts.unet_rows, decodes=work.counts.decodes, backwards=work.backwards,
+        encodes=work.encodes or attack.encodes,
+    )  # fmt: skip
 
 
 def _asked(options: FeaturesOptions) -> dict[str, int]:
@@ -77,7 +107,7 @@ def read_gradients(
     on_device = {name: value.to(network.device) for name, value in samples.condition.items()}
     mine = gradients.Samples(samples.ids, samples.latents["image"], condition, seed)
     denoiser, chosen = gradients.Denoiser.of(network), _gradients(options)
-    bands = samples.latents["image"].shape[1] + 1
+    bands = tables.bands(samples.latents["image"].shape[1])
     passes = [GRADIENT_PASSES[name] for name in options.probes if name != "noise_optimisation"]
     found: list[pa.Table] = []
     rows = 0
@@ -106,7 +136,7 @@ def read_pictures(
     service: services.Service = services.HttpService(options.service) if options.service else local
     if options.query_budget:
         service = services.Budgeted(service, options.query_budget)
-    bands = samples.latents["image"].shape[1] + 1
+    bands = tables.bands(samples.latents["image"].shape[1])
     asked = (service, samples.ids, squares)
     if block == "variations":
         empty = [""] * len(names)

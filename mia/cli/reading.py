@@ -45,7 +45,7 @@ class Shard:
 
 
 class Part(NamedTuple):
-    """What one device read, of how many samples, off a network of which latents' shape and with a null condition?"""
+    """What was read, of how many samples, off a network of which latents' shape and with a null condition?"""
 
     table: pa.Table
     counts: Counts
@@ -54,19 +54,19 @@ class Part(NamedTuple):
     has_null: bool
 
 
-def read(
-    shard: Shard, devices: Sequence[str], batch_size: int, compiled: bool, progress: Callable = iter
-) -> tuple[pa.Table, Counts, list[int]]:
-    """The features table of a shard's job, the work done, and the latents' shape.
+def read(shard: Shard, devices: Sequence[str], batch_size: int, compiled: bool, progress: Callable = iter) -> Part:
+    """What a shard's job reads.
 
     With several devices each reads a part of the samples in a process of its own; the table is the same.
 
     Raises:
-        UserError: a device that is not there, a model that changed behind its manifest, or what `extract` says.
+        UserError: a device that is not there, a model that changed behind its manifest, more pictures than the budget
+            holds, or what `extract` says.
         AssertionError: the work done is not the work planned.
     """
     for name in devices:
         models.device(name)
+    _require_budget(shard)
     if len(devices) == 1:
         parts = [_part(shard, devices[0], 0, 1, batch_size, compiled, progress)]
     else:
@@ -83,7 +83,18 @@ def read(
     if counts != wanted and not shard.options.service:
         raise AssertionError(f"planned {wanted}, did {counts}")
     whole = tables.check(pa.concat_tables([part.table for part in parts]), "features")
-    return whole, counts, parts[0].latent_shape
+    return Part(whole, counts, sum(part.samples for part in parts), parts[0].latent_shape, parts[0].has_null)
+
+
+def _require_budget(shard: Shard) -> None:
+    """Stop before any device asks for a picture when all of them together would exceed the shard's budget."""
+    budget, samples = shard.options.query_budget, tables.read(shard.latents, "latents", ("sample_id",)).num_rows
+    asked = passes.planned(shard.options).pictures * samples
+    if 0 < budget < asked:
+        raise UserError(
+            f"{asked} pictures of {samples} samples would exceed the budget of {budget}", "features.query_budget",
+            "raise it, or ask for fewer, or of more shards",
+        )  # fmt: skip
 
 
 def _part(
@@ -107,9 +118,7 @@ def _part(
     prompts = model.captions(on) if shard.block in CAPTIONED else None
     coder = model.autoencoder(on, torch.float32) if shard.block == "crops" else network.autoencoder
     found, seed = samples(shard, network, coder, prompts, part, parts), shard.seed
-    options, budget = shard.options, shard.options.query_budget
-    if budget:  # each device has its share, and never 0, which would be no limit
-        options = dataclasses.replace(options, query_budget=max(1, budget // parts))
+    options = shard.options  # its budget is the shard's; that all parts together keep to it was asked before the first
     if shard.block == "gradients":
         table, counts = passes.read_gradients(network, found, options, seed, batch_size, progress)
     elif shard.block in ("generations", "variations") and prompts is not None:
@@ -140,19 +149,24 @@ def samples(
     if (shifts or shard.block == "prompts") and "states" not in condition:
         what = "shortened captions" if shard.block == "prompts" else "settings that shift text states"
         raise UserError(f"{what} need a model that reads text", shard.about["source"], "leave them out for this target")
-    text, z0, shown, spread = {"caption": caption}, {"image": network.scaled(mean)}, None, None
-    if shard.options.posterior == "sample":
-        spread = network.scaled(mean + (logvar / 2).exp()) - z0["image"]
+    text, posteriors, shown = {"caption": caption}, {"image": (mean, logvar)}, None
     if "pixel_error" in shard.options.losses and shard.options.settings:
         shown = torch.from_numpy(_squares(shard, ids, network)).permute(0, 3, 1, 2).float()
     if "crops" in shard.options.probes:
         squares = _squares(shard, ids, network)
         for percent in shard.options.crops:
-            z0[f"crop-{percent}"] = _crops(squares, percent, coder)
+            posteriors[f"crop-{percent}"] = _crops(squares, percent, coder)
     if prompts is not None and shard.block == "prompts":
         names = _captions(shard, ids)
         condition, more = _with_prompts(condition, names, prompts)
         text |= more
+    z0 = {source: network.scaled(mean) for source, (mean, _) in posteriors.items()}
+    spread = {}
+    if shard.options.posterior == "sample":
+        spread = {
+            source: network.scaled(mean + (logvar / 2).exp()) - z0[source]
+            for source, (mean, logvar) in posteriors.items()
+        }
     return Samples(ids, z0, condition, text, shown, spread)
 
 
@@ -160,8 +174,8 @@ def _squares(shard: Shard, ids: Sequence[str], network: Network) -> np.ndarray:
     return latents.squares(common.image_bytes([shard.images], ids), list(ids), network.side_px)
 
 
-def _crops(squares: np.ndarray, percent: int, coder: Autoencoder) -> torch.Tensor:
-    """Scaled latents of the middle `percent` of each side of the images, enlarged to the whole."""
+def _crops(squares: np.ndarray, percent: int, coder: Autoencoder) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log-variance, unscaled, of the middle `percent` of each side of the images, enlarged to the whole."""
     import torch
 
     side = squares.shape[1]
@@ -169,13 +183,13 @@ def _crops(squares: np.ndarray, percent: int, coder: Autoencoder) -> torch.Tenso
     first = (side - kept) // 2
     middle = squares[:, first : first + kept, first : first + kept]
     x = np.stack([pixels.resized(image, side) for image in middle]) if len(middle) else squares
-    means = []
+    found = [torch.empty(2, 0, *coder.latent_shape)]
     for run, real in models.batches(len(x), models.MIN_BATCH):
         batch = torch.from_numpy(x[run]).permute(0, 3, 1, 2).float() / 127.5 - 1
         with torch.inference_mode():
-            means.append(coder.encode(batch)[0][:real].cpu())
-    mean = torch.cat(means) if means else torch.empty(0, *coder.latent_shape)
-    return coder.scaled(mean.half().float())  # in float32 and rounded as the image's own latent was
+            found.append(torch.stack(coder.encode(batch))[:, :real].cpu())
+    mean, logvar = torch.cat(found, 1).half().float()  # in float32 and rounded as the image's own were
+    return mean, logvar
 
 
 def _captions(shard: Shard, ids: Sequence[str]) -> list[str]:

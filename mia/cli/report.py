@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import pathlib
@@ -12,6 +13,7 @@ import polars as pl
 
 from mia import tables
 from mia.cli.common import frame, one
+from mia.config import FeaturesOptions
 from mia.errors import UserError
 
 if TYPE_CHECKING:
@@ -73,9 +75,13 @@ def _json(path: pathlib.Path) -> Any:
 def _results(folder: pathlib.Path, targets: dict[str, dict[str, Any]], planted: str) -> Results:
     """Everything the report needs and nothing else: captions are not even read, URLs only to look up planted pairs."""
     from mia import dedup
+    from mia.attacks import REGISTRY
+    from mia.cli import passes
     from mia.summary import MOMENTS, Results, drawn
 
-    found = {name: _target(folder, name, about) for name, about in targets.items()}
+    found, main = {name: _target(folder, name, about) for name, about in targets.items()}, next(iter(targets))
+    jobs, has_null = _jobs(folder / "features" / main)
+    attacks = {name: passes.as_run(attack, jobs, has_null) for name, attack in REGISTRY.items()}
     files = {split: folder / "dataset" / f"{split}.parquet" for split in ("unsanitized", "sanitized")}
     files["attacked"] = folder / "attacked/sanitized.parquet"
     datasets = {s: frame(path, "dataset", ("sample_id", "member", "part", "group")) for s, path in files.items()}
@@ -98,8 +104,20 @@ def _results(folder: pathlib.Path, targets: dict[str, dict[str, Any]], planted: 
         thresholds=pl.DataFrame(pl.from_arrow(dedup.threshold_curve(duplicates))),
         checked_bins=pl.DataFrame(pl.from_arrow(dedup.checked_bins(duplicates))),
         attrition=frame(folder / "attrition.parquet", "attrition"), survival=_json(folder / "attrition.json"),
-        made=_provenance(folder, next(iter(found))),
+        made=_provenance(folder, main), field=attacks, jobs=jobs, has_null=has_null,
     )  # fmt: skip
+
+
+def _jobs(folder: pathlib.Path) -> tuple[dict[str, FeaturesOptions], bool]:
+    """Options of each job that read a target, and whether that knows an empty prompt, as a shard of each tells."""
+    first = {path.parent.name: path for path in sorted(folder.glob("*/*.parquet"), reverse=True)}
+    made = {job: tables.provenance(path) for job, path in first.items()}
+    names, jobs = {field.name for field in dataclasses.fields(FeaturesOptions)}, {}
+    for job, about in made.items():
+        said = {name: value for name, value in about.get("options", {}).items() if name in names}
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in said.items()}
+        jobs[job] = FeaturesOptions(**plain)
+    return jobs, all(about.get("has_null", True) for about in made.values())
 
 
 def _target(folder: pathlib.Path, name: str, about: dict[str, Any]) -> Target:

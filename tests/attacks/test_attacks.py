@@ -144,7 +144,7 @@ def plain(block, t, draw=0, **values):
 
 STATISTIC = statistic_row(
     "a", "noised", 101, null_null=5.0, null_cond=5.0, eps_null=6.0, cond_l4=3.0, cond_eps_l1=1.0, cond_eps_l4=4.0,
-    cond_eps_l5=5.0, null_l4=2.0, null_eps_l1=0.5, null_eps_l4=0.25, null_eps_l5=0.125, bands=[3.0, 1.0],
+    cond_eps_l5=5.0, null_l4=2.0, null_eps_l1=0.5, null_eps_l4=0.25, null_eps_l5=0.125, bands=[3.0, 1.0, 5.0, 3.0],
 )  # fmt: skip
 CROP = statistic_row("a", "crop-82", 101, eps_cond=4.0, eps_null=2.0, null_null=4.0)  # 9 - 8 + 8 = 9; 4 - 4 + 8 = 8
 
@@ -173,8 +173,8 @@ def at(block, t):
         ("pfami_sima", [STATISTIC, CROP], {"pfami_sima mean": 36 / 16, "pfami_sima_null mean": 49 / 16}),
         ("pfami_copymark", [STATISTIC, CROP],
          {"pfami_copymark sum": 6 / (3 + 1e-6), "pfami_copymark_null sum": 7 / (1 + 1e-6)}),
-        ("frequency_low", [STATISTIC], {"frequency_low low@101": -1 / 4}),
-        ("frequency_high", [STATISTIC], {"frequency_high high@101": -2 / 4}),
+        ("frequency_low", [STATISTIC], {"frequency_low low@101": -1 / 4, "frequency_low_null low@101": -3 / 4}),
+        ("frequency_high", [STATISTIC], {"frequency_high high@101": -2 / 4, "frequency_high_null high@101": -2 / 4}),
         ("noise_aggregation", [plain("aggregation", 101, vector=[0.75]), plain("aggregation-null", 101, vector=[0.5])],
          {"noise_aggregation l2@101": -0.75, "noise_aggregation_null l2@101": -0.5}),
         ("gradient_masking", [plain("gradient-masking", 1, model_loss=0.5)], {"gradient_masking masked@001": -0.5}),

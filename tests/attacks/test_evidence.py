@@ -44,9 +44,23 @@ def test_arrays_are_placed_by_sample_timestep_and_draw():
     np.testing.assert_allclose(
         found.bands("noised", [301])[4, 0, 1, :2], np.sum((cond - four[1]) ** 2, axis=(1, 2)), rtol=1e-12
     )
-    assert found.bands("noised").shape == (6, 15, 2, 3)
+    np.testing.assert_allclose(
+        found.bands("noised", [301], "null")[4, 0, 1, :2], np.sum((null - four[1]) ** 2, axis=(1, 2)), rtol=1e-12
+    )
+    assert found.bands("noised").shape == found.bands("noised", condition="null").shape == (6, 15, 2, 3)
     assert found.losses("secmi", "latent_error").shape == (6, 15, 1)
     assert found.vectors("secmi").shape == (6, 1, 1, 32) and found.vectors("secmi").dtype == np.float32
+
+
+def test_bands_of_the_caption_alone_are_not_taken_for_both():
+    """As files of an earlier version hold them."""
+    old = pa.Table.from_pylist([{**row, "bands": row["bands"][:3]} for row in ROWS if row["block"] == "noised"],
+                               pa.schema([f if f.name != "bands" else pa.field("bands", pa.list_(pa.float64(), 3))
+                                          for f in TABLE.schema]))  # fmt: skip
+    found = Evidence([old], WORLD.shape)
+    assert found.bands("noised").shape == (6, 15, 2, 3)
+    with pytest.raises(UserError, match="block 'noised' holds no bands of 'null', features, run `mia features"):
+        found.bands("noised", condition="null")
 
 
 @pytest.mark.parametrize("parts", [1, 7])

@@ -123,20 +123,20 @@ def of_noise_aggregation(i, c):
     return {"l2@101": -np.mean(apart)}
 
 
-def bands(i, t, draw):
+def bands(i, t, draw, c):
     """Low: each 2x2 block replaced by its mean; high: what that leaves. They are orthogonal."""
-    d = error(i, t, draw, "cond")
+    d = error(i, t, draw, c)
     blocks = d.reshape(2, 2, 2, 2, 2).mean(axis=(2, 4))
     low = np.repeat(np.repeat(blocks, 2, axis=1), 2, axis=2)
     return np.mean(low**2), np.mean((d - low) ** 2)
 
 
 def of_frequency_low(i, c):
-    return {f"low@{t:03d}": -np.mean([bands(i, t, d)[0] for d in range(DRAWS)]) for t in GRID}
+    return {f"low@{t:03d}": -np.mean([bands(i, t, d, c)[0] for d in range(DRAWS)]) for t in GRID}
 
 
 def of_frequency_high(i, c):
-    return {f"high@{t:03d}": -np.mean([bands(i, t, d)[1] for d in range(DRAWS)]) for t in GRID}
+    return {f"high@{t:03d}": -np.mean([bands(i, t, d, c)[1] for d in range(DRAWS)]) for t in GRID}
 
 
 def of_memorisation(i, c):

@@ -89,16 +89,22 @@ def statistics(z0, eps, null, cond, bands=True):
     for e in (cond, null):
         norms += [power(e, eps, 1), power(e, eps, 4), power(e, eps, 5), power(e, False, 1), power(e, False, 4)]
     out = {"gram": gram, "norms": norms}
-    if bands and (eps is None or cond is not None):
-        d = z0 if eps is None else cond - eps
-        channels = [float(np.sum(d[c] ** 2)) for c in range(len(d))]
-        low = 0.0
-        for c in range(d.shape[0]):
-            for y in range(0, d.shape[1], 2):
-                for x in range(0, d.shape[2], 2):
-                    low += 4 * float(np.mean(d[c, y : y + 2, x : x + 2])) ** 2
-        out["bands"] = [*channels, low]
+    if bands:
+        first = z0 if eps is None else None if cond is None else cond - eps
+        out["bands"] = energies(first, z0) + energies(None if eps is None or null is None else null - eps, z0)
     return out
+
+
+def energies(d, like):
+    """By channel, then of the 2x2 block means; as many empty entries where there is no d."""
+    if d is None:
+        return [None] * (len(like) + 1)
+    low = 0.0
+    for c in range(d.shape[0]):
+        for y in range(0, d.shape[1], 2):
+            for x in range(0, d.shape[2], 2):
+                low += 4 * float(np.mean(d[c, y : y + 2, x : x + 2])) ** 2
+    return [*(float(np.sum(d[c] ** 2)) for c in range(len(d))), low]
 
 
 def rows_of(world, draws=None):
@@ -159,7 +165,7 @@ def arrow(rows, channels=2):
         ("sample_id", pa.string()), ("block", pa.string()), ("timestep", pa.int32()), ("draw", pa.int32()),
         ("model_loss", pa.float64()), ("latent_error", pa.float64()), ("pixel_error", pa.float64()),
         ("gram", pa.list_(pa.float64(), 10)), ("norms", pa.list_(pa.float64(), 10)),
-        ("bands", pa.list_(pa.float64(), channels + 1)), ("vector", pa.list_(pa.float32())),
+        ("bands", pa.list_(pa.float64(), 2 * (channels + 1))), ("vector", pa.list_(pa.float32())),
     ])  # fmt: skip
     assert floats != schema.field("gram").type
     return pa.Table.from_pylist(rows, schema=schema)
