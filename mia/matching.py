@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from mia import metrics, rng
+from mia import blind, metrics, rng
 from mia.config import SanitizeOptions
 from mia.errors import UserError
 
@@ -139,10 +139,11 @@ def _thin_until_fair(
     for number in range(1, options.max_rounds + 1):
         odds, report, first = _look(number, attackers, rows, member, code, first, options, seed)
         rounds.append(report)
-        if report["passed"]:
-            left, why = rows[paired(first.odds, rows, member, code, options.caliper)[rows] >= 0], NO_PARTNER
+        draw = rng.stream(seed, f"round {number}", purpose="matched.thin")
+        if report["passed"]:  # a surplus goes evenly along the log-odds: pairing would take it from one end
+            even = rows[thinned(odds, member[rows], code[rows], 0.0, draw)]
+            left, why = even[paired(first.odds, even, member, code, options.caliper)[even] >= 0], NO_PARTNER
         else:
-            draw = rng.stream(seed, f"round {number}", purpose="matched.thin")
             left, why = rows[thinned(odds, member[rows], code[rows], options.step, draw)], TELLING
         if _smaller(member[left]) < fewest:
             report["stopped"] = "another round would keep less than min_keep"
@@ -357,9 +358,11 @@ def attackers_of(view: View) -> list[Attacker]:
             Attacker(f"{view.name}: trees", x, trees),
         ]
     texts, (characters, words, present) = list(view.x), _counted(list(view.x))
+    looks = blind.beside(blind.characters(texts), blind.shapes(texts), blind.patterns(texts)).matrix
     return [
         Attacker(f"{view.name}: characters", characters, ridge),
         Attacker(f"{view.name}: words", words, ridge),
+        Attacker(f"{view.name}: log ratios", looks, log_ratios),
         Attacker(f"{view.name}: statistics", text_statistics(texts), trees),
         Attacker(f"{view.name}: n-grams for", present, telling),
         Attacker(f"{view.name}: n-grams against", present, lambda x, y, query, seed: -telling(x, ~y, query, seed)),
@@ -390,6 +393,15 @@ def ridge(x: Any, member: np.ndarray, query: Any, seed: int) -> np.ndarray:
 
     how: dict[str, Any] = {"alpha": 3.0, "solver": "sparse_cg", "tol": 1e-2} if issparse(x) else {"alpha": 10.0}
     return np.asarray(RidgeClassifier(**how).fit(x, member).decision_function(query), dtype=np.float64)
+
+
+def log_ratios(x: Any, member: np.ndarray, query: Any, seed: int) -> np.ndarray:
+    """Scores of `query`, float64[m], by `ridge` on `blind.LogRatio`: what tells most on LAION-mi's captions."""
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import Normalizer
+
+    weigh = make_pipeline(blind.LogRatio(), Normalizer()).fit(x, member)
+    return ridge(weigh.transform(x), member, weigh.transform(query), seed)
 
 
 def trees(x: np.ndarray, member: np.ndarray, query: np.ndarray, seed: int) -> np.ndarray:

@@ -15,13 +15,13 @@ from mia import cli
 PACKAGE = pathlib.Path(cli.__file__).parent.parent
 SUPPORT = {
     "tables", "config", "rng", "models", "settings", "metrics", "resampling", "scored", "formats", "classifiers",
-    "search", "sources", "languages", "matching", "pixels", "errors", "compat", "rows", "lbfgs", "ssim",
+    "search", "sources", "languages", "matching", "pixels", "errors", "compat", "rows", "lbfgs", "ssim", "blind",
     "schedules", "networks", "captions", "families", "adapters", "walks", "reader", "attacks",
 }  # fmt: skip
 STAGES = {
     "selection": {"selection"}, "metadata": {"metadata"}, "images": {"images", "fetching"}, "attrition": {"attrition"},
     "embeddings": {"embeddings"}, "dedup": {"dedup"}, "sanitize": {"sanitize", "paper_sanitizer"},
-    "card": {"card"}, "distance": {"distance"}, "audit": {"audit", "blind"}, "infer": {"infer"}, "train": {"train"},
+    "card": {"card"}, "distance": {"distance"}, "audit": {"audit"}, "infer": {"infer"}, "train": {"train"},
     "latents": {"latents"}, "features": {"features"}, "gradients": {"gradients", "noise_optimisation"},
     "blackbox": {"blackbox", "services"}, "scores": {"scores"}, "evaluation": {"evaluation"},
     "plan": {"plan"},

@@ -135,8 +135,9 @@ def test_a_shifted_column_is_balanced():
     assert kept.keep.mean() > 0.65
 
 
-def test_sides_of_different_size_lose_little_of_the_smaller():
-    r = np.random.default_rng(4)
+@pytest.mark.parametrize("seed", [4, 5])  # with 5 the first round passes: what is too many must not go from one end
+def test_sides_of_different_size_lose_little_of_the_smaller(seed):
+    r = np.random.default_rng(seed)
     member = np.arange(3 * N) % 3 == 0
     kept = match(captions(r, 3 * N), member, np.arange(3 * N))
     assert (kept.keep & member).sum() == (kept.keep & ~member).sum() > 0.95 * N
