@@ -13,8 +13,10 @@ demo: $(READY)  ## run the embedded example; opens nothing, prints where the rep
 	$(RUN) snakemake --cores all --profile workflow/profiles/local
 	@echo "open results/example/report.html"
 
+# One worker a core, each on one thread; a file's tests stay together, and in order, so that the longest start first.
+test: export OMP_NUM_THREADS = 1
 test: $(READY)  ## every test, slow ones too
-	$(RUN) python -m pytest
+	$(RUN) python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(RUN) ruff check $(CODE)
