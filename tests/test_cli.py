@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -258,6 +259,42 @@ def test_evaluate_gives_a_verdict_beside_blind_baselines_and_controls(mia, folde
         rows = read(folder / "e.parquet").filter(attack="t2", method="holdout", part="test", metric="auc")
         assert rows["verdict"].item() == verdict
     refused(mia("evaluate", *words, "--blind", folder / "s.parquet"), "t1 has no score for 400 samples")
+
+
+def test_evaluate_turns_controls_round_with_the_scores_but_not_blind_baselines(mia, folder):
+    """Losses on both models, and a control that finds as much: the comparison must not depend on the losses' sign."""
+    control, blind = rivals(folder, 1.0, "control.parquet"), rivals(folder, 0.5, "blind.parquet", "blind_caption/x")
+    common = ("--blind", blind, "--bootstrap", 100, "--permutations", 200)
+    found = []
+    for flag in ((), ("--lower-is-member",)):
+        if flag:
+            for name in ("s", "c", "control"):
+                one = pl.read_parquet(folder / f"{name}.parquet")
+                one.with_columns(-pl.col("^t.$")).write_parquet(folder / f"{name}.parquet")
+        words = ("--scores", folder / "s.parquet", "--calibration", folder / "c.parquet", "--control", control)
+        assert mia("evaluate", *words, *common, *flag, "--output", folder / "e.parquet")[0] == 0
+        found.append(read(folder / "e.parquet"))
+    assert found[0].equals(found[1])
+    t2 = found[0].filter(attack="t2", method="holdout", part="test", metric="auc")
+    assert t2["verdict"].item() == "explained by shift" and t2["p_shift"].item() > 0.05
+
+
+def test_evaluate_keeps_groups_whole_when_it_fits_classifiers(mia, folder):
+    """Noise, each row there twice: a forest that may learn from a row's copy knows its label, out of fold too."""
+    for name, prefix, seed in (("s", "s", 0), ("c", "c", 1)):
+        one = wide(100, seed, prefix, shift=0.0)
+        copies = [one.with_columns(pl.format("{}{}", "sample_id", pl.lit(k)).alias("sample_id")) for k in "xy"]
+        groups = [pl.col("sample_id").str.head(-1), pl.col("sample_id")]
+        for kind, group in zip(("whole", "split"), groups, strict=True):
+            pl.concat(copies).with_columns(group=group).write_parquet(folder / f"{name}-{kind}.parquet")
+    aucs = {}
+    for kind in ("whole", "split"):
+        words = ["--scores", folder / f"s-{kind}.parquet", "--calibration", folder / f"c-{kind}.parquet"]
+        words += ["--classifiers", "random_forest", "--bootstrap", 100, "--output", folder / "e.parquet"]
+        code, _, said = mia("evaluate", *words)
+        assert code == 0
+        aucs[kind] = float(re.search(r"([\d.]+) out of fold", said)[1])
+    assert aucs["split"] > 0.9 and abs(aucs["whole"] - 0.5) < 0.15
 
 
 def test_evaluate_fits_classifiers_on_calibration_alone(mia, folder):
