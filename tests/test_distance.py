@@ -416,25 +416,33 @@ def test_the_command_joins_shards_by_sample_and_refuses_a_lack(tmp_path):
 
 
 def test_the_command_measures_all_that_dedup_saw(tmp_path):
-    """Before dedup: members and candidates, duplicates and mixed groups too, but no row of the controls' pool."""
+    """Before dedup: members and candidates, duplicates too, but no row of the controls' pool.
+
+    Thirty candidates copy one of two pictures, a member's and one of published embeddings; each stands in a group of
+    its own, as dedup leaves what it drops. Chance must move copies of one picture together.
+    """
     r = np.random.default_rng(1)
-    ids = [tables.sample_id(f"u{i}", "c") for i in range(30)]
-    vectors = r.normal(size=(30, 3)).astype(np.float16)
-    pools = ["member"] * 10 + ["candidate"] * 15 + ["control"] * 5
+    ids = [tables.sample_id(f"u{i}", "c") for i in range(170)]
+    vectors = r.normal(size=(170, 3)).astype(np.float16)
+    vectors[100:130] = [[4, 4, 4]]
+    vectors[130:135] = [[-4, 0, 4]]
+    pools = ["member"] * 60 + ["candidate"] * 90 + ["control"] * 20
+    nearest = [None] * 100 + [ids[7]] * 30 + ["img_emb_0#12"] * 5 + [None] * 35
     rows = [
-        {"sample_id": i, "pool": pool, "group": ids[number % 10], "reason": "near-duplicate" if number < 20 else None}
-        for number, (i, pool) in enumerate(zip(ids, pools, strict=True))
+        {"sample_id": i, "pool": pool, "group": i, "nearest_id": near, "reason": near and "near-duplicate"}
+        for i, pool, near in zip(ids, pools, nearest, strict=True)
     ]
-    tables.write(
-        tmp_path / "near", pa.Table.from_pylist(rows, schema=tables.SCHEMAS["duplicates"]), "duplicates", {}
-    )  # fmt: skip
+    near = pa.Table.from_pylist(rows, schema=tables.SCHEMAS["duplicates"])
+    tables.write(tmp_path / "near", near, "duplicates", {})
     both = tables.vector_column(vectors)
     tables.write(tmp_path / "e", pa.table({"sample_id": ids, "image": both, "text": both}), "embeddings", {})
-    words = ["distance", "--embeddings", str(tmp_path / "e"), "--output", str(tmp_path / "o"), "--permutations", "20"]
+    words = ["distance", "--embeddings", str(tmp_path / "e"), "--output", str(tmp_path / "o"), "--permutations", "99"]
     with pytest.raises(UserError, match="^nothing to measure, or two things, mia distance, give --dataset or"):
         cli.commands.main(words, standalone_mode=False)
     cli.commands.main([*words, "--duplicates", str(tmp_path / "near")], standalone_mode=False)
-    found = tables.read(tmp_path / "o", "distance").to_pylist()
-    assert {(row["n_members"], row["n_nonmembers"]) for row in found} == {(10, 15)}
-    wanted = by_sqrtm(vectors[:10].astype(np.float64), vectors[10:25].astype(np.float64))
-    assert next(row["value"] for row in found if row["metric"] == "frechet") == pytest.approx(wanted, rel=1e-9)
+    rows = tables.read(tmp_path / "o", "distance").to_pylist()
+    found = {row["metric"]: row for row in rows if row["space"] == "text"}
+    assert {(row["n_members"], row["n_nonmembers"]) for row in found.values()} == {(60, 90)}
+    wanted = by_sqrtm(vectors[:60].astype(np.float64), vectors[60:150].astype(np.float64))
+    assert found["frechet"]["value"] == pytest.approx(wanted, rel=1e-9)
+    assert found["frechet"]["p_value"] > 0.2  # by single rows 0.01: no labelling by chance puts the copies on one side

@@ -341,7 +341,14 @@ def distance(dataset: Any, duplicates: Any, embeddings: Any, seed: int, output: 
 
 
 def _before_dedup(path: pathlib.Path) -> pa.Table:
-    """All members and candidates that dedup saw, its duplicates too: sample_id, member, group."""
-    rows = tables.read(path, "duplicates", columns=("sample_id", "pool", "group")).sort_by("sample_id")
-    rows = rows.filter(pc.not_equal(rows["pool"], "control"))
-    return rows.append_column("member", pc.equal(rows["pool"], "member"))
+    """All members and candidates that dedup saw, its duplicates too: sample_id, member, group.
+
+    What was dropped stands in a group of its own there; here in that of the training image that it resembles, with
+    all others that resemble it, or chance would take copies of one picture for samples that say as much as others.
+    """
+    rows = common.frame(path, "duplicates", ("sample_id", "pool", "group", "nearest_id", "reason"))
+    groups = rows.select(nearest_id="sample_id", with_nearest="group")
+    rows = rows.join(groups, on="nearest_id", how="left").filter(pl.col("pool") != "control").sort("sample_id")
+    dropped = pl.coalesce("with_nearest", "nearest_id")
+    group = pl.when(pl.col("reason").is_null()).then("group").otherwise(dropped)
+    return rows.select("sample_id", member=pl.col("pool") == "member", group=group).to_arrow()
