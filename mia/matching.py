@@ -34,9 +34,6 @@ SURE = 1.645  # standard errors above chance that random labels pass one time in
 TAIL_SURE = 2.326  # and one time in a hundred
 NO_PARTNER, TELLING = "no partner within the caliper", "too telling of its side"
 RARE = 3  # an n-gram that fewer captions share tells nothing
-_FUNCTION_WORDS = frozenset(
-    {"a", "an", "and", "as", "at", "by", "for", "from", "in", "is", "of", "on", "the", "to", "with"}
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -428,53 +425,31 @@ def telling(x: Any, member: np.ndarray, query: Any, seed: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------- statistics
 
 
-def _share(text: str, counts: Callable[[str], bool]) -> float:
-    return sum(map(counts, text)) / max(len(text), 1)
-
-
-def _word_share(text: str, counts: Callable[[str], bool]) -> float:
-    words = text.split()
-    return sum(map(counts, words)) / max(len(words), 1)
-
-
 def _count(sign: str, text: str) -> float:
     return text.count(sign)
 
 
-STATISTICS: dict[str, Callable[[str], float]] = {
-    "characters": len,
-    "words": lambda text: len(text.split()),
-    "word length": lambda text: len("".join(text.split())) / max(len(text.split()), 1),
-    "upper-case share": lambda text: _share(text, str.isupper),
-    "digit share": lambda text: _share(text, str.isdigit),
-    "other than ASCII": lambda text: _share(text, lambda letter: ord(letter) > 127),
-    "capitalised words": lambda text: _word_share(text, lambda word: word[0].isupper()),
-    "capital first": lambda text: text[:1].isupper(),
-    "upper-case words": lambda text: _word_share(text, str.isupper),
-    "distinct words": lambda text: len(set(text.split())) / max(len(text.split()), 1),
-    "function words": lambda text: _word_share(text, lambda word: word.lower() in _FUNCTION_WORDS),
-    "full stop at the end": lambda text: text.endswith("."),
-    "punctuation": lambda text: sum(letter in ".,;:!?" for letter in text),
-    "commas": lambda text: text.count(","),
-    "dashes": lambda text: text.count("-"),
+# Beside those of `blind`, which the audit looks at: counts where it takes shares, and single signs.
+MORE_STATISTICS: dict[str, Callable[[str], float]] = {
     "digits": lambda text: sum(map(str.isdigit, text)),
     "upper-case letters": lambda text: sum(map(str.isupper, text)),
     "lower-case letters": lambda text: sum(map(str.islower, text)),
-    "spaces beyond one": lambda text: len(text) - len(" ".join(text.split())),
-    "longest word": lambda text: max(map(len, text.split()), default=0),
+    "words between blanks": lambda text: len(text.split()),
     "repeated words": lambda text: len(text.split()) - len(set(text.split())),
+    "blanks beyond one": lambda text: len(text) - len(" ".join(text.split())),
     "no upper case": str.islower,
     "no lower case": str.isupper,
     "title case": str.istitle,
-    "letter at the end": lambda text: text[-1:].isalnum(),
-    "other signs": lambda text: sum(not (sign.isalnum() or sign.isspace()) for sign in text),
-    **{f"count of {sign}": functools.partial(_count, sign) for sign in ".:;|()\"'/&!?#"},
+    "signs": lambda text: sum(not (sign.isalnum() or sign.isspace()) for sign in text),
+    **{f"count of {sign}": functools.partial(_count, sign) for sign in ";()\"'/&!?#"},
 }
+STATISTICS = (*blind.CAPTION_STATISTICS, *MORE_STATISTICS)
 
 
 def text_statistics(texts: Sequence[str]) -> np.ndarray:
     """Length, case, punctuation and language of each text, float64[n, k], columns as in `STATISTICS`."""
-    return np.array([[measure(text) for measure in STATISTICS.values()] for text in texts], dtype=np.float64)
+    rows = [[*blind.caption_statistics(text), *(more(text) for more in MORE_STATISTICS.values())] for text in texts]
+    return np.array(rows, dtype=np.float64)
 
 
 def balance_of(views: Sequence[View], member: np.ndarray, keep: np.ndarray) -> list[dict]:
