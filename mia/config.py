@@ -109,12 +109,14 @@ class SanitizeOptions:
     """Method, its strength, and how the finished dataset is cut.
 
     `matched` is ours (`mia/matching.py`): at most `max_rounds`, each taking the part `step` of the log-odds away, as
-    long as `min_keep` of the smaller side stay, then pairs within `caliper` log-odds. `paper` is the authors' procedure
+    long as `min_keep` of the smaller side stay, then pairs within `caliper` log-odds; it balances what `views` name, as
+    far as it is there. `paper` is the authors' procedure
     on chunks of members (`laion-mi/` of arXiv 2306.12983), `crossfitted` its classifiers for pools too small for that.
     """
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     method: str = "matched"
+    views: tuple[str, ...] = ("caption", "image", "metadata")
     folds: int = 5
     max_rounds: int = 15
     step: float = 0.3

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 
 from mia import blind, metrics, rng
 from mia.config import SanitizeOptions
@@ -38,10 +39,10 @@ RARE = 3  # an n-gram that fewer captions share tells nothing
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """One kind of what a blind attacker sees: texts, or numbers float64[n, k] whose columns `names` may name."""
+    """One kind of what a blind attacker sees: texts; numbers, float64[n, k], named by `names`; or counts, csr[n, k]."""
 
     name: str
-    x: Sequence[str] | np.ndarray
+    x: Sequence[str] | np.ndarray | sp.csr_matrix
     names: tuple[str, ...] = ()
 
 
@@ -185,8 +186,9 @@ def _check(views: Sequence[View], member: np.ndarray, group: np.ndarray) -> None
     if not views:
         raise UserError("no views", "matched", "give what a blind attacker sees, for instance the captions")
     for name, found in [("group", group), *((view.name, view.x) for view in views)]:
-        if len(found) != len(member):
-            raise UserError(f"{len(found)} rows for {len(member)} samples", name, "give one row for each sample")
+        rows = found.shape[0] if isinstance(found, sp.spmatrix | sp.sparray) else len(found)
+        if rows != len(member):
+            raise UserError(f"{rows} rows for {len(member)} samples", name, "give one row for each sample")
     for view in views:
         if isinstance(view.x, np.ndarray) and not np.isfinite(view.x).all():
             raise UserError("a number is not finite", view.name, "mend or drop the samples it belongs to")
@@ -348,6 +350,8 @@ def _pairs(odds: np.ndarray, rows: np.ndarray, member: np.ndarray, caliper: floa
 
 def attackers_of(view: View) -> list[Attacker]:
     """The attackers of one view. Texts are counted once, for all: the weights of n-grams need no labels."""
+    if sp.issparse(view.x):
+        return [Attacker(f"{view.name}: log ratios", view.x, log_ratios)]
     if isinstance(view.x, np.ndarray) and view.x.dtype.kind in "fiub":
         x = view.x.astype(np.float64).reshape(len(view.x), -1)
         return [
@@ -385,10 +389,9 @@ def _counted(texts: list[str]) -> tuple[Any, Any, Any]:
 
 def ridge(x: Any, member: np.ndarray, query: Any, seed: int) -> np.ndarray:
     """Scores of `query`, float64[m], by ridge regression on the labels: every feature may count a little."""
-    from scipy.sparse import issparse
     from sklearn.linear_model import RidgeClassifier
 
-    how: dict[str, Any] = {"alpha": 3.0, "solver": "sparse_cg", "tol": 1e-2} if issparse(x) else {"alpha": 10.0}
+    how: dict[str, Any] = {"alpha": 3.0, "solver": "sparse_cg", "tol": 1e-2} if sp.issparse(x) else {"alpha": 10.0}
     return np.asarray(RidgeClassifier(**how).fit(x, member).decision_function(query), dtype=np.float64)
 
 
@@ -467,6 +470,9 @@ def balance_of(views: Sequence[View], member: np.ndarray, keep: np.ndarray) -> l
 
 
 def _named(view: View) -> Iterator[tuple[str, np.ndarray]]:
+    """What has a name of its own: statistics, not counts."""
+    if sp.issparse(view.x):
+        return
     if isinstance(view.x, np.ndarray) and view.x.dtype.kind in "fiub":
         x = view.x.astype(np.float64).reshape(len(view.x), -1)
         names: Sequence[str] = view.names or [f"column {number}" for number in range(x.shape[1])]

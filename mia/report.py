@@ -240,6 +240,7 @@ def page(results: Results, found: dict[str, pl.DataFrame], svgs: dict[str, bytes
         "figures": {name: inline(svg, name) for name, svg in svgs.items() if name not in absent},
         "test": best[0], "fpr_targets": results.fpr_targets, "tpr_keys": [tpr_key(t) for t in results.fpr_targets],
         "notes": Notes(), "libraries": summary.libraries(results), "planted": _planted(results),
+        "told_apart": summary.told_apart(results),
         "splits": _sizes(results), "max_points": summary.MAX_POINTS, "max_curves": MAX_CURVES,
         "shown_features": SHOWN_FEATURES,
         "draws": results.made.get("features", {}).get("options", {}).get("draws"),

@@ -373,6 +373,20 @@ def rounds(results: Results) -> pl.DataFrame:
     return pl.DataFrame([{name: one[name] for name in kinds} for one in rows], schema=kinds)
 
 
+def told_apart(results: Results) -> list[str]:
+    """The attackers that method `matched` could not bring down to chance, in words; none where its audit passed."""
+    if results.rounds.get("method") != "matched":
+        return []
+    last, words = results.rounds["rounds"][-1], []
+    for name, auc in last["auc"].items():
+        tpr = last["tpr"][name]
+        if auc > last["limit"]:
+            words.append(f"{name} has an AUC of {auc:.3f}, above {last['limit']:.3f}")
+        elif tpr > last["tpr_limit"]:
+            words.append(f"{name} has a TPR of {100 * tpr:.1f} %, above {100 * last['tpr_limit']:.1f} %")
+    return words
+
+
 def target_rows(results: Results) -> pl.DataFrame:
     """Which models these are: name, role, step, source, hashes of UNet and encoders, family, schedule."""
     keys = (

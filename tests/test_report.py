@@ -416,6 +416,16 @@ def test_distances_stand_at_each_moment_with_their_p_values(world: World, built:
     assert "Before dedup: 300 members, 300 non-members; after: 240 and 240; sanitized: 240 and 240." in text
 
 
+def test_what_matching_could_not_hide_is_said(world: World) -> None:
+    results = cli_report._results(world.folder, cli_report._targets(json.dumps(world.targets)), "")
+    last = {"limit": 0.52, "tpr_limit": 0.02, "auc": {"words": 0.5234, "statistics": 0.51, "trees": 0.5}}
+    last["tpr"] = {"words": 0.05, "statistics": 0.031, "trees": 0.02}
+    for method, said in (("paper", []), ("matched", ["words has an AUC of 0.523, above 0.520",
+                                                     "statistics has a TPR of 3.1 %, above 2.0 %"])):  # fmt: skip
+        rounds = {"method": method, "rounds": [{"auc": {"words": 0.9}}, last]}
+        assert summary.told_apart(dataclasses.replace(results, rounds=rounds)) == said
+
+
 def test_wilson_interval() -> None:
     low, high = summary.wilson(38, 40)
     assert (round(low, 4), round(high, 4)) == (0.8350, 0.9862)  # by hand: (38 + z^2/2 -+ ...) / (40 + z^2)

@@ -57,16 +57,20 @@ def _dataset(
 ) -> None:  # fmt: skip
     """The workflow's stage: pools into a dataset, and that into the samples to attack."""
     from mia import sanitize as stage
+    from mia.audit import Seen
 
     rows, counts, rows_in = _pooled(metadata, images, duplicates)
     member, group = rows["member"].to_numpy(zero_copy_only=False), np.array(rows["group"].to_pylist())
-    ids, captions = rows["sample_id"].to_pylist(), rows["caption"].to_pylist()
-    looks = common.image_statistics(images, ids) if options.method == "matched" else None
+    ids, looked_at = rows["sample_id"].to_pylist(), options.method == "matched" and "image" in options.views
+    seen = Seen(
+        np.array(ids, dtype=object), captions=rows["caption"].to_pylist(), urls=rows["url"].to_pylist(),
+        image_statistics=common.image_statistics(images, ids) if looked_at else None,
+    )  # fmt: skip
     encoder = {
         "target": target, "device": device, "batch_size": batch_size,
         "rounds_folder": rounds_folder or output.with_suffix(".rounds"),
     }  # fmt: skip
-    chosen = _chosen(ids, captions, looks, member, group, options, seed, encoder)
+    chosen = _chosen(seen, member, group, options, seed, encoder)
     dataset = stage.finish(rows.filter(pa.array(chosen.keep)), options, seed)
     attacked = stage.to_attack(dataset, options, seed)
     for reason in sorted({r for r in chosen.reason if r is not None}):
@@ -94,33 +98,45 @@ class Chosen:
 
 
 def _chosen(
-    ids: list[str], captions: list[str], looks: np.ndarray | None, member: np.ndarray, group: np.ndarray,
-    options: Any, seed: int, encoder: dict[str, Any],
-) -> Chosen:  # fmt: skip
-    """The samples that the method keeps; `looks` are statistics of their images, for `matched`."""
-    reason = np.full(len(ids), None, dtype=object)
+    seen: Any, member: np.ndarray, group: np.ndarray, options: Any, seed: int, encoder: dict[str, Any]
+) -> Chosen:
+    """The samples that the method keeps, by what blind attackers see of them."""
+    reason = np.full(len(member), None, dtype=object)
     if options.method == "none":
-        return Chosen(np.ones(len(ids), dtype=bool), reason, {"rounds": []})
+        return Chosen(np.ones(len(member), dtype=bool), reason, {"rounds": []})
     if options.method == "matched":
-        return _matched(captions, looks, member, group, options, seed)
+        return _matched(seen, member, group, options, seed)
     if encoder["target"] is None:
         raise UserError(f"method '{options.method}' needs a text encoder", "--target", "give the target's manifest")
+    ids, captions = list(seen.ids), list(seen.captions)
     keep, rounds, encoders = _by_text_states(ids, captions, member, group, options, seed, encoder)
     reason[~keep] = f"told apart by method {options.method}"
     return Chosen(keep, reason, {"rounds": rounds}, encoders)
 
 
-def _matched(
-    captions: list[str], looks: np.ndarray | None, member: np.ndarray, group: np.ndarray, options: Any, seed: int
-) -> Chosen:
-    from mia import blind, matching
+def _matched(seen: Any, member: np.ndarray, group: np.ndarray, options: Any, seed: int) -> Chosen:
+    from mia import matching
 
-    views = [matching.View("caption", captions)]
-    if looks is not None:
-        views.append(matching.View("image", looks, blind.IMAGE_STATISTICS))
-    found = matching.matched(views, member, group, options, seed)
+    found = matching.matched(_views(seen, options.views), member, group, options, seed)
     report = {"rounds": found.rounds, "balance": found.balance, "passed": found.passed, "caliper": found.caliper}
     return Chosen(found.keep, found.reason, report)
+
+
+def _views(seen: Any, kinds: tuple[str, ...]) -> list[Any]:
+    """What `matched` balances: of the kinds asked for, what is there."""
+    from mia import blind
+    from mia.matching import View
+
+    views = []
+    if "caption" in kinds and seen.captions is not None:
+        views.append(View("caption", list(seen.captions)))
+    if "image" in kinds and seen.image_statistics is not None:
+        views.append(View("image", seen.image_statistics, blind.IMAGE_STATISTICS))
+    if "metadata" in kinds and seen.urls is not None:
+        views.append(View("url", blind.urls(seen.urls).matrix))
+    if "metadata" in kinds and seen.sizes is not None:
+        views.append(View("size", np.nan_to_num(blind.size_statistics(seen.sizes), nan=-1.0), blind.SIZE_STATISTICS))
+    return views
 
 
 def _by_text_states(
@@ -192,8 +208,7 @@ def _two_tables(
         raise UserError("tables have no column 'caption'", f"{members} and {nonmembers}", "give captions on both sides")
     member, group = truth["member"].to_numpy(), truth["group"].to_numpy()
     encoder = encoder | {"rounds_folder": encoder["rounds_folder"] or output_dir / "rounds"}
-    ids, captions = list(seen.ids), list(seen.captions)
-    chosen = _chosen(ids, captions, seen.image_statistics, member, group, options, seed, encoder)
+    chosen = _chosen(seen, member, group, options, seed, encoder)
     report = {
         "method": options.method, "seed": seed, "options": dataclasses.asdict(options),
         "kept": {"members": int((chosen.keep & member).sum()), "nonmembers": int((chosen.keep & ~member).sum())},
