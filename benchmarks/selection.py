@@ -3,12 +3,11 @@
 Writes 5 million synthetic rows as wide as LAION's, ten files, to a temporary folder that is deleted afterwards. One
 measurement is one process with one polars thread. CPU seconds are user + system: they hold on a shared machine, where
 wall time does not. The peer is what the paper's authors did, `load_dataset` and `filter` with a lambda, on one of the
-files, and is left out where `datasets` is not installed.
+files.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -128,9 +127,6 @@ def main() -> None:
                 end="",
             )
             print(" (limit: 512 MB, flat)")
-        if importlib.util.find_spec("datasets") is None:
-            print("ratio to datasets.filter with a lambda: left out, `datasets` is not installed")
-            return
         for how in ("to_parquet", "save_to_disk"):  # a Parquet file, as ours; or its own uncompressed format
             theirs = measured(THEIRS, how, files[:1])
             cpu, wall = (mine / peer for mine, peer in zip(ours[:2], theirs[:2], strict=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import pathlib
 import re
@@ -235,7 +234,6 @@ def test_a_full_disk_is_one_line_and_the_earlier_card_stays(fails, flags, inputs
     assert not list(inputs.glob(".*"))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="`datasets` is not installed: no dependency")
 def test_load_dataset_reads_it_offline(inputs, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(inputs / "cache"))

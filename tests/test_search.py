@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import pathlib
 from collections.abc import Callable
@@ -187,7 +186,6 @@ def clustered(n: int) -> tuple[np.ndarray, search.Reference]:
     return x[:200] + np.float32(0.01), in_parts(names(0, n), x, 1500)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="faiss-cpu is not installed")
 def test_the_approximate_search_finds_nearly_all_and_has_exact_distances():
     queries, reference = clustered(4000)
     rows, far = search.approximate_top_k(queries, reference, 5, 16)
@@ -447,7 +445,6 @@ def test_large_arrays_are_read_in_blocks(tmp_path, monkeypatch):
     assert run(words, tmp_path) == whole
 
 
-@pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="faiss-cpu is not installed")
 def test_above_the_limit_the_search_is_approximate_and_the_table_says_how_good(tmp_path, capsys):
     words, _ = written(tmp_path)
     laion(tmp_path, "1", np.random.default_rng(0).normal(size=(3000, WIDTH)).astype(np.float16), ids=False)
