@@ -438,13 +438,16 @@ MORE_STATISTICS: dict[str, Callable[[str], float]] = {
     "upper-case letters": lambda text: sum(map(str.isupper, text)),
     "lower-case letters": lambda text: sum(map(str.islower, text)),
     "words between blanks": lambda text: len(text.split()),
+    "capitalised words": lambda text: sum(word[0].isupper() for word in text.split()),
+    "distinct words": lambda text: len(set(text.split())),
+    "longest word between blanks": lambda text: max(map(len, text.split()), default=0),
     "repeated words": lambda text: len(text.split()) - len(set(text.split())),
     "blanks beyond one": lambda text: len(text) - len(" ".join(text.split())),
     "no upper case": str.islower,
     "no lower case": str.isupper,
     "title case": str.istitle,
     "signs": lambda text: sum(not (sign.isalnum() or sign.isspace()) for sign in text),
-    **{f"count of {sign}": functools.partial(_count, sign) for sign in ";()\"'/&!?#"},
+    **{f"count of {sign}": functools.partial(_count, sign) for sign in ".:;|()\"'/&!?#"},
 }
 STATISTICS = (*blind.CAPTION_STATISTICS, *MORE_STATISTICS)
 

@@ -108,6 +108,29 @@ def test_an_attacks_option_reruns_scores_evaluation_and_report(done):
     assert done.reruns(config) == {"scores": 2, "evaluation": 2, "report": 1, "all": 1}
 
 
+FLOW = (
+    "select", "metadata", "probe", "images", "attrition", "embeddings", "neighbours", "matches", "links", "dedup",
+    "train", "target", "sanitize", "distance", "audit", "latents", "features", "scores", "evaluation", "report", "all",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("section", "option", "value", "first"),
+    [
+        ("metadata", "min_caption_chars", 2, "metadata"), ("images", "max_pixels", 10**6, "probe"),
+        ("neighbours", "k", 3, "neighbours"), ("dedup", "max_hamming", 5, "matches"),
+        ("sanitize", "step", 0.25, "sanitize"), ("distance", "permutations", 50, "distance"),
+        ("audit", "top_features", 7, "audit"), ("features", "draws", 2, "features"),
+        ("scores", "standardize", False, "scores"), ("evaluation", "confidence", 0.9, "audit"),
+    ],
+)  # fmt: skip
+def test_an_option_reruns_its_own_stage_and_none_before_it(done, section, option, value, first):
+    config = small()
+    config[section][option] = value
+    found = done.reruns(config)
+    assert found.pop(first) and found["report"] == 1 and not set(found) & set(FLOW[: FLOW.index(first)])
+
+
 def test_another_setting_extracts_only_its_own_block(done):
     config = small()
     config["features"]["settings"] = [18, 16, 15]
