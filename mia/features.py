@@ -33,11 +33,11 @@ def extract(
         samples: one shard.
         options: of one job, as `walks.jobs` gives them.
         batch_size: pairs of image and draw for each call of the denoiser; changes no result. Where the device's memory
-            does not hold them, it is halved and the batch read again.
+            does not hold them, it is halved, down to `models.MIN_BATCH`, and the batch read again.
         progress: wraps the iterable of batches.
 
     Raises:
-        UserError: a value is not finite; names sample and timestep. Or not even one pair fits into memory.
+        UserError: a value is not finite; names sample and timestep. Or too few pairs fit into memory.
     """
     import torch
 
@@ -110,7 +110,10 @@ class Engine:
 
     def read(self, batch: Batch) -> None:
         """Walk the job for one batch, or for its parts if the device's memory does not hold it whole."""
-        self.memory.read(lambda rows, real: self._walk(batch.part(rows, real)), len(batch.image), batch.real)
+        size = len(batch.image)
+        self.memory.read(
+            lambda rows, real: self._walk(batch if len(rows) == size else batch.part(rows, real)), size, batch.real
+        )
 
     def _walk(self, batch: Batch) -> None:
         from mia.reader import Reader

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -232,16 +233,15 @@ def backward(
     n, width = len(samples.ids), len(weights) if gsa else 0
     gsa1, gsa2, masked = np.empty((n, width)), np.empty((n, width)), np.empty((n, len(masking)))
     out = Backward(gsa1, gsa2, masked, tuple(masking), tuple(weights) if gsa else (), Counts())
-    memory = models.Memory(next(iter(weights.values())).device)
+    memory = models.Memory(next(iter(weights.values())).device, smallest=1)
     with differentiable(weights, bool(gsa), options.dtype) as dtype:
 
-        def work(image: slice, real: int) -> None:
-            row = image.start
+        def work(row: int, rows: np.ndarray, real: int) -> None:
             one = _Image(denoiser, samples, row, weights, options, dtype, out.counts, memory)
             out.gsa1[row], out.gsa2[row], out.masking[row] = one.scores(gsa, masking)
 
         for row in progress(range(n)):
-            memory.read(work, 1, 1, row)
+            memory.read(functools.partial(work, row), 1, 1)
     return out
 
 
@@ -318,8 +318,8 @@ class _Image:
         """
         found = np.empty(len(timesteps))
 
-        def work(rows: slice, real: int) -> None:
-            found[rows] = self.restored(masks[rows], timesteps[rows])
+        def work(rows: np.ndarray, real: int) -> None:
+            found[rows] = self.restored([masks[i] for i in rows], [timesteps[i] for i in rows])
 
         self.memory.read(work, len(timesteps), len(timesteps))
         self.refuse(~np.isfinite(found)[:, None], timesteps, "masked score", ["latent"])

@@ -105,6 +105,21 @@ def posterior(latents: pa.Table, shape: tuple[int, int, int]) -> tuple[Any, Any]
         raise UserError(f"latents are not of shape {shape}", "", "make them with this target's encoders") from problem
 
 
+def spread(latents: pa.Table, autoencoder: Autoencoder) -> float | None:
+    """Standard deviation of all scaled latents together, about 1 if they are scaled as the model's were; None of none.
+
+    Source: arXiv 2112.10752, appendix G: the scaling factor is the inverse of what a batch's codes have.
+    """
+    import torch
+
+    count, total, squares = 0, 0.0, 0.0
+    for start in range(0, latents.num_rows, 256):
+        mean = tables.vectors(latents["mean"].slice(start, 256))
+        z0 = autoencoder.scaled(torch.from_numpy(mean)).double()
+        count, total, squares = count + z0.numel(), total + float(z0.sum()), squares + float(z0.square().sum())
+    return round(float(np.sqrt(squares / count - (total / count) ** 2)), 4) if count else None
+
+
 def conditions(latents: pa.Table, texts: pa.Table, width: int) -> tuple[dict[str, Any], np.ndarray]:
     """The tensors of a denoiser's condition, one row for each caption, and each sample's row, int64[n].
 

@@ -77,44 +77,52 @@ def batches(rows: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
 
 
 class Memory:
-    """How large a batch a device's memory holds: found out by trying, and kept to from then on."""
+    """How large a batch a device's memory holds: found out by trying, and kept to from then on.
 
-    def __init__(self, device: object) -> None:
-        self.device, self.largest = device, 2**31
+    No run is shorter than `smallest` rows, nor is less tried than that: as in `batches`, so that no result changes.
+    Backward passes, whose rows hold several times the memory, go down to 1 and take another sum's last bits.
+    """
 
-    def read(self, work: Callable[[slice, int], None], rows: int, real: int, start: int = 0) -> None:
-        """Have `work` done on a batch of which the first `real` rows count; in halves if memory does not hold it.
+    def __init__(self, device: object, smallest: int = MIN_BATCH) -> None:
+        self.device, self.smallest, self.largest = device, smallest, 2**31
+
+    def read(self, work: Callable[[np.ndarray, int], None], rows: int, real: int) -> None:
+        """Have `work` done on a batch of which the first `real` rows count; in runs if memory does not hold it.
 
         Args:
-            work: of a slice of the batch and the count of its real rows. It is done again, in halves, when it runs out
-                of memory: so it is to keep nothing, and to count nothing, before it is done.
-            rows: of the batch, from `start` on.
-            real: how many of them are not padding; a half without any is left out.
-            start: where the batch begins.
+            work: of row numbers of the batch, int64[run], and the count of those that are real. It is done again, on
+                half as many, when it runs out of memory: so it is to keep nothing, and to count nothing, before it is
+                done. A run that is too short repeats its last row.
+            rows: of the batch.
+            real: how many of them are not padding; a run without any is left out.
 
         Raises:
-            UserError: not even one row fits.
+            UserError: not even the smallest run fits.
         """
         import torch
 
-        if rows <= self.largest:
+        start = 0
+        while start < real:
+            run = np.arange(start, min(start + self.largest, rows))
+            padded = np.pad(run, (0, max(0, self.smallest - len(run))), mode="edge")
             try:
-                work(slice(start, start + rows), real)
+                work(padded, min(len(run), real - start))
             except torch.OutOfMemoryError as problem:
-                if rows == 1:
-                    raise UserError(
-                        "the device's memory does not hold one image", str(self.device), "use a larger one"
-                    ) from problem
-                self.largest = rows // 2
-                log.warning("%d rows do not fit into memory; going on with %d", rows, self.largest)
+                self._halve(len(padded), problem)
             else:
-                return
+                start += len(run)
+                continue
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # what the attempt held went with its error
-        half = rows // 2
-        self.read(work, half, min(real, half), start)
-        if real > half:
-            self.read(work, rows - half, real - half, start + half)
+
+    def _halve(self, rows: int, problem: Exception) -> None:
+        if rows <= self.smallest:
+            what = "one image" if rows == 1 else f"{rows} rows at a time"
+            raise UserError(
+                f"the device's memory does not hold {what}", str(self.device), "use a larger one, or half precision"
+            ) from problem
+        self.largest = max(rows // 2, self.smallest)
+        log.warning("%d rows do not fit into memory; going on with %d", rows, self.largest)
 
 
 def locate(source: str, revision: str = "") -> pathlib.Path:

@@ -34,8 +34,8 @@ def optimise(
 ) -> Optimised:
     """The loss that is left when z_t + delta is optimised for it, and how long delta is. After CDI, arXiv 2411.12858.
 
-    Each sample has its own L-BFGS, in float64 around the network's own precision; `batch_size` changes no result,
-    and is halved where memory does not hold it.
+    Each sample has its own L-BFGS, in float64 around the network's own precision; `batch_size` changes no result. It
+    is halved where memory does not hold it, if need be to 1: below `models.MIN_BATCH` the last bits may differ.
 
     Raises:
         UserError: a loss at delta = 0 is not finite; names sample and timestep.
@@ -48,7 +48,7 @@ def optimise(
     loss, norm = np.empty(n), np.empty(n)
     with differentiable(weights, False, options.dtype) as dtype:
 
-        def work(rows: slice, real: int) -> None:
+        def work(rows: np.ndarray, real: int) -> None:
             nonlocal counts
             run, done = batch[rows], Counts()
             evaluate = _loss_of_delta(denoiser, samples, run, real, options.noise_timestep, device, dtype, done)
@@ -58,7 +58,7 @@ def optimise(
             norm[run[:real]] = delta[:real].norm(dim=1).cpu().numpy()
             counts += done
 
-        memory = models.Memory(device)
+        memory = models.Memory(device, smallest=1)
         for batch, whole in progress(list(models.batches(n, batch_size))):
             memory.read(work, len(batch), whole)
     bad = ~np.isfinite(loss)

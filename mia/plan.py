@@ -33,11 +33,10 @@ class Plan:
 
     Attributes:
         lines: of each setting, in the order given, then of each job of the probes.
-        total: distinct rows and decodes of all.
+        total: distinct rows and decodes of all, and pictures asked of the target, or of a service in its place.
         encodes, texts: images through the encoder (crops too), and captions through the text encoder.
         backwards: backward passes through the denoiser; each has its forward among the rows.
         to_weights: those of them that go on to its weights; each of the two parts is taken to cost a forward.
-        pictures: asked of the target, or of a service in its place.
         values: losses and statistics written, in bytes before compression.
     """
 
@@ -46,7 +45,6 @@ class Plan:
     encodes: int
     texts: int
     backwards: int
-    pictures: int
     values: int
     to_weights: int = 0
 
@@ -63,13 +61,12 @@ class Plan:
 
 
 def plan(
-    options: FeaturesOptions, more: Counts | None = None, encodes: int = 0, backwards: int = 0, pictures: int = 0,
-    to_weights: int = 0,
-) -> Plan:  # fmt: skip
+    options: FeaturesOptions, more: Counts | None = None, encodes: int = 0, backwards: int = 0, to_weights: int = 0
+) -> Plan:
     """The plan of the settings and probes of `options`.
 
     Args:
-        more, encodes, backwards, pictures, to_weights: work of the probes that are passes of their own (gradients,
+        more, encodes, backwards, to_weights: work of the probes that are passes of their own (gradients,
             pictures).
     """
     lines, before = [], dict[str, FeaturesOptions]()
@@ -96,7 +93,7 @@ def plan(
     total = sum((walks.planned(its) for its in jobs.values()), more or Counts())
     crops, prompts = ("crops" in options.probes) * len(options.crops), ("prompts" in options.probes) * 3
     values = _bytes(options, jobs.values())
-    return Plan(lines, total, 1 + crops + encodes, 1 + prompts, backwards, pictures, values, to_weights)
+    return Plan(lines, total, 1 + crops + encodes, 1 + prompts, backwards, values, to_weights)
 
 
 def _bytes(options: FeaturesOptions, jobs: Iterable[FeaturesOptions]) -> int:
@@ -122,7 +119,7 @@ def shown(found: Plan, images: int, tflops: float) -> Iterable[str]:
     yield f"{'for one image':44s} {'':>5s} {alone.unet_rows:6d} {rows:6d} {alone.decodes:8d} {decodes:6d}"
     yield (
         f"encodes {found.encodes}, text passes {found.texts}, backward passes {found.backwards}, "
-        f"pictures {found.pictures}"
+        f"pictures {found.total.pictures}"
     )
     hours = found.tflop * images / tflops / 3600
     yield f"{found.tflop:.1f} TFLOP an image; {images} images: {found.tflop * images / 1e6:.2f} EFLOP"

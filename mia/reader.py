@@ -62,7 +62,7 @@ class Batch:
     tensors: dict[str, torch.Tensor]
     text: dict[str, torch.Tensor]
 
-    def part(self, rows: slice, real: int) -> Batch:
+    def part(self, rows: np.ndarray, real: int) -> Batch:
         """The batch of these rows, of which the first `real` count."""
         return Batch(
             self.image[rows], self.draw[rows], real,

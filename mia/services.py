@@ -36,14 +36,14 @@ class Service(Protocol):
 
 
 class Budgeted:
-    """A service that counts what it is asked and refuses beyond a limit, before anything is sent.
+    """A service that counts what it is asked and refuses beyond a limit, before anything is sent; 0 is no limit.
 
     Attributes:
         queries: calls let through.
         images: pictures asked for in them, which is what services charge.
     """
 
-    def __init__(self, service: Service, limit: int):
+    def __init__(self, service: Service, limit: int = 0):
         self.service, self.limit = service, limit
         self.queries = self.images = 0
 
@@ -53,7 +53,7 @@ class Budgeted:
         Raises:
             UserError: fewer than `n` images are left.
         """
-        if self.images + n > self.limit:
+        if 0 < self.limit < self.images + n:
             raise UserError(
                 f"{n} more images would exceed the budget of {self.limit}, {self.images} are used", "budget",
                 "raise it, or ask about fewer samples or draws",
@@ -221,7 +221,7 @@ class LocalService:
         out = np.empty((n, self.side, self.side, 3), np.uint8)
         guided = self.sampling.guidance_scale != 0
 
-        def work(rows: slice, real: int) -> None:
+        def work(rows: np.ndarray, real: int) -> None:
             run = batch[rows]
             asked = [prompts[i] for i in run]
             with torch.inference_mode():

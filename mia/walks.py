@@ -43,16 +43,25 @@ class Value:
 
 @dataclasses.dataclass
 class Counts:
-    """Work done: rows through the denoiser (a guided evaluation is two) and latents through the decoder."""
+    """Work done: rows through the denoiser (a guided evaluation is two) and latents through the decoder.
+
+    Of a service, pictures asked for and the queries that they came in; queries are no part of a plan, for how many
+    share the work decides them.
+    """
 
     unet_rows: int = 0
     decodes: int = 0
+    pictures: int = 0
+    queries: int = dataclasses.field(default=0, compare=False)
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(self.unet_rows + other.unet_rows, self.decodes + other.decodes)
+        return Counts(
+            self.unet_rows + other.unet_rows, self.decodes + other.decodes, self.pictures + other.pictures,
+            self.queries + other.queries,
+        )  # fmt: skip
 
     def __mul__(self, times: int) -> Counts:
-        return Counts(self.unet_rows * times, self.decodes * times)
+        return Counts(self.unet_rows * times, self.decodes * times, self.pictures * times, self.queries * times)
 
 
 class Ledger:
@@ -331,9 +340,17 @@ def jobs(options: FeaturesOptions) -> dict[str, FeaturesOptions]:
 
 def _own(options: FeaturesOptions) -> FeaturesOptions:
     """Options of a job; those that it does not look at stand at their defaults."""
+    plain, looked_at = FeaturesOptions(), looks_at(options)
+    unused = (field.name for field in dataclasses.fields(options) if field.name not in looked_at)
+    return dataclasses.replace(options, **{name: getattr(plain, name) for name in unused})
+
+
+def looks_at(options: FeaturesOptions) -> set[str]:
+    """Names of the options that the settings and probes among them look at."""
     chosen, probes = [settings.setting(number) for number in options.settings], set(options.probes)
     pictures = bool(probes & {"generations", "variations"})
-    looks_at = {
+    looks = {
+        "settings": True, "probes": True, "dtype": True, "tf32": True,
         "draws": draws(dataclasses.replace(options, draws=2)) > 1, "posterior": bool(chosen or probes & set(PROBES)),
         "losses": bool(chosen), "timesteps": bool(chosen), "text_shift_scale": any(of.text_shift for of in chosen),
         "latent_shift_index": any(of.latent_shift for of in chosen),
@@ -342,8 +359,7 @@ def _own(options: FeaturesOptions) -> FeaturesOptions:
         "generations": "generations" in probes, "generation_steps": "generations" in probes, "service": pictures,
         "query_budget": pictures,
     }  # fmt: skip
-    plain = FeaturesOptions()
-    return dataclasses.replace(options, **{name: getattr(plain, name) for name, does in looks_at.items() if not does})
+    return {name for name, does in looks.items() if does}
 
 
 def job_of(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import http.server
 import io
 import json
@@ -190,25 +191,27 @@ def test_pictures_that_do_not_fit_are_drawn_in_halves_and_counted_once(parts, se
     import torch
 
     class Small(Network):
-        """A network on a device that holds five rows at a time, and never learns it twice."""
+        """A network on a device that holds so many rows at a time, and never learns it twice."""
 
-        refused = 0
+        refused, rows = 0, 16
 
         def __call__(self, z, t, condition):
-            if len(z) > 5:
+            if len(z) > self.rows:
                 self.refused += 1
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return super().__call__(z, t, condition)
 
     network = Small(parts[0].unet, parts[0].vae)
-    small = LocalService.of(network, parts[1], SAMPLING)
+    small = LocalService.of(network, parts[1], dataclasses.replace(SAMPLING, batch_size=64))
+    asked = (np.tile(images, (5, 1, 1, 1)), 0.4, list(range(20)), ["a dog", "two cats"] * 10)
     for _ in range(2):
-        shown = small.vary(images[:2], 0.4, [7, 8], ["a dog", "two cats"])
-    assert network.refused == 2  # 16 rows, then 8
-    once = services.planned(SAMPLING, variations=4, strength=0.4)
-    assert small.counts == once
-    whole = service.vary(images[:2], 0.4, [7, 8], ["a dog", "two cats"])
-    assert np.abs(shown.astype(int) - whole).max() <= 1  # kernels for few rows sum in another order
+        shown = small.vary(*asked)
+    assert network.refused == 1  # of 20 rows; then 16, and 4 that are filled up
+    assert small.counts == services.planned(SAMPLING, variations=40, strength=0.4)
+    assert np.array_equal(shown, service.vary(*asked))
+    network.rows = 15
+    with pytest.raises(UserError, match="memory does not hold 16 rows at a time, cpu, use a larger one"):
+        small.vary(*asked)
 
 
 def test_a_model_without_a_null_condition_is_not_guided(parts):

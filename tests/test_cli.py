@@ -447,6 +447,20 @@ def test_scores_refuses_two_targets_and_a_shard_twice(mia, stages):
     assert not (stages / "s.parquet").exists()
 
 
+def test_evaluate_refuses_scores_of_two_models(mia, stages):
+    """An attack that finds members of a fine-tuned model says nothing of its base (pitfall 25)."""
+    assert mia(*scoring(stages))[0] == 0
+    found = pl.DataFrame(pl.from_arrow(tables.read(stages / "s.parquet", "scores")))
+    other = found.with_columns(attack=pl.lit("another")).to_arrow().cast(tables.SCHEMAS["scores"])
+    words = [word for name in ("s", "t") for word in ("--scores", stages / f"{name}.parquet")]
+    words += ["--dataset", stages / "dataset.parquet", "--fpr", "0.1", "--output", stages / "e.parquet"]
+    tables.write(stages / "t.parquet", other, "scores", tables.provenance(stages / "s.parquet") | {"unet": "fine"})
+    refused(mia("evaluate", *words), "scores are of two models, ", " and fine", "t.parquet", "give one target's")
+    assert not (stages / "e.parquet").exists()
+    tables.write(stages / "t.parquet", other, "scores", tables.provenance(stages / "s.parquet"))
+    assert mia("evaluate", *words)[0] == 0
+
+
 def test_evaluate_refuses_scores_that_are_not_of_this_dataset(mia, stages):
     assert mia(*scoring(stages, shards=(0,)))[0] == 0
     words = (

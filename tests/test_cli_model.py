@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import http.server
+import json
 import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from mia import tables
+from mia import rows, services, tables, walks
 from mia.cli import reading
 from mia.config import FeaturesOptions
 from mia.errors import UserError
@@ -121,7 +125,72 @@ def test_a_budget_is_the_shards_however_many_devices_share_it(world):
     wanted = "error: 6 pictures of 3 samples would exceed the budget of 5, features.query_budget, raise it"
     assert code == 2 and line.startswith(wanted), line
     assert read(world, "variations", "variations", *asked, "6")[0] == 0
-    assert tables.provenance(world / "features.parquet")["decodes"] == 6
+    made = tables.provenance(world / "features.parquet")
+    assert (made["decodes"], made["pictures"], made["queries"]) == (6, 6, 2)
+
+
+@pytest.fixture
+def service():
+    """The address of a service that makes black pictures, and how many it was asked for by each query."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):  # noqa: N802
+            count = len(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["prompts"])
+            asked.append(count)
+            self.send_response(200)
+            self.end_headers()
+            black = services._png(np.zeros((32, 32, 3), np.uint8))
+            self.wfile.write(json.dumps({"images": [black] * count}).encode())
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_what_a_service_elsewhere_is_asked_is_counted_without_a_budget(world, service):
+    """3 samples of 7 variations, 16 pictures a query: 21 in 2. The rows and decodes are the service's own."""
+    assert manifest(world)[0] == latents(world)[0] == 0
+    selection = ("--selection", world / "selection.parquet")
+    address, asked = service
+    code, line = read(world, "variations", "variations", *selection, "--variations", "7", "--service", address)
+    assert code == 0, line
+    assert line == ("features variations: 3 samples, 0 rows through the denoiser, 0 decodes, 21 pictures in 2 queries")
+    made = tables.provenance(world / "features.parquet")
+    assert [made[name] for name in ("unet_rows", "decodes", "pictures", "queries")] == [0, 0, 21, 2]
+    assert asked == [16, 5]
+    clip = f"local-dir:{ROOT / 'resources/example/encoders/clip'}"
+    more = (*selection, "--generations", "2", "--service", address, "--encoder", clip)
+    code, line = read(world, "generations", "generations", *more)
+    assert code == 0 and line.endswith(" 6 pictures in 1 queries"), line
+    made = tables.provenance(world / "features.parquet")
+    assert (made["pictures"], made["queries"], asked[2:]) == (6, 1, [6])
+    assert len(made["encoder"]) == 16  # the weights that compared the pictures
+
+
+@pytest.mark.parametrize(
+    ("service", "did", "wanted"),
+    [
+        ("https://example.org", {"pictures": 13}, "pictures=14"),
+        ("", {"unet_rows": 14, "decodes": 14, "pictures": 13}, "unet_rows=14, decodes=14, pictures=14"),
+    ],
+)
+def test_pictures_that_were_not_planned_are_a_bug(tmp_path, monkeypatch, service, did, wanted):
+    chosen = FeaturesOptions(settings=(), probes=("variations",), variations=2, service=service)
+    none = tmp_path / "none"
+    shard = reading.Shard(none, none, none, None, {}, "variations", chosen, 0)
+    monkeypatch.setattr(reading, "_require_budget", lambda shard: None)
+    for missing in (0, 1):
+        counts = dataclasses.replace(walks.Counts(**did), pictures=14 - missing, queries=1)
+        part = reading.Part(rows.features_rows("variations", [], 50, 0, 5), counts, 7, [4, 8, 8], True)
+        monkeypatch.setattr(reading, "_part", lambda *words, part=part: part)
+        with pytest.raises(AssertionError, match=wanted) if missing else contextlib.nullcontext():
+            reading.read(shard, ["cpu"], 16, False)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from mia import cli, config, scores, settings
 from mia.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
+OURS = [ROOT / "config.yaml", *sorted((ROOT / "workflow" / "config").glob("*.yaml"))]
 SCHEMA = yaml.safe_load(config.SCHEMA.read_text())
 GOOD = yaml.safe_load((ROOT / "config.yaml").read_text())
 MODEL = next(iter(GOOD["train"]["models"]))
@@ -67,9 +68,7 @@ def refusal(wrong: Any) -> str:
 # ------------------------------------------------------------------------------------------------ good ones
 
 
-@pytest.mark.parametrize(
-    "path", [ROOT / "config.yaml", *sorted((ROOT / "workflow" / "config").glob("*.yaml"))], ids=str
-)
+@pytest.mark.parametrize("path", OURS, ids=str)
 def test_a_configuration_of_ours_is_valid(path):
     assert config.load(path) == yaml.safe_load(path.read_text())
 
@@ -509,6 +508,12 @@ def test_a_flag_of_another_type_is_refused(words):
 
     with pytest.raises(click.UsageError, match=re.escape(words[1])):
         parsed("scores", words)
+
+
+def test_the_posteriors_mode_is_the_default():
+    """A sample of it adds noise to every loss (pitfall 16)."""
+    chosen = [config.load(path).get("features", {}).get("posterior", "mode") for path in OURS]
+    assert config.FeaturesOptions().posterior == "mode" and set(chosen) == {"mode"}
 
 
 def test_options_cannot_be_changed_and_carry_a_version():

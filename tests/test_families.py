@@ -333,23 +333,28 @@ def command(name, *arguments):
     cli.commands.get_command(None, name).main(args=words, standalone_mode=False)
 
 
+def to_latents(folder, out, side):
+    """The target's manifest, its latents and texts of three pictures, by the commands: t.json, l and x.parquet."""
+    ids = [tables.sample_id(f"u{i}", c) for i, c in enumerate(CAPTIONS)]
+    images = [
+        {"sample_id": one, "status": "ok", "detail": "", "sha256": "0" * 64, "bytes": picture(k, side=side),
+         "width": side, "height": side + 7, "format": "png", "phash": k}
+        for k, one in enumerate(ids)
+    ]  # fmt: skip
+    tables.write(out / "i.parquet", pa.Table.from_pylist(images, schema=tables.SCHEMAS["images"]), "images", {})
+    selection = pa.table({"sample_id": ids, "caption": CAPTIONS, "sha256": ["0" * 64] * 3})
+    tables.write(out / "s.parquet", selection, "selection", {})
+    command("target", "--source", folder, "--output", out / "t.json")
+    command(
+        "latents", "--selection", out / "s.parquet", "--images", out / "i.parquet", "--target", out / "t.json",
+        "--output", out / "l.parquet", "--texts-output", out / "x.parquet",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["sdxl", "ddpm"])
 def test_commands_from_a_folder_to_latents(toy, name, tmp_path):
     folder, _ = toy(name)
-    ids = [tables.sample_id(f"u{i}", c) for i, c in enumerate(CAPTIONS)]
-    images = [
-        {"sample_id": one, "status": "ok", "detail": "", "sha256": "0" * 64, "bytes": picture(k, side=20), "width": 20,
-         "height": 27, "format": "png", "phash": k}
-        for k, one in enumerate(ids)
-    ]  # fmt: skip
-    tables.write(tmp_path / "i.parquet", pa.Table.from_pylist(images, schema=tables.SCHEMAS["images"]), "images", {})
-    selection = pa.table({"sample_id": ids, "caption": CAPTIONS, "sha256": ["0" * 64] * 3})
-    tables.write(tmp_path / "s.parquet", selection, "selection", {})
-    command("target", "--source", folder, "--output", tmp_path / "t.json")
-    command(
-        "latents", "--selection", tmp_path / "s.parquet", "--images", tmp_path / "i.parquet", "--target",
-        tmp_path / "t.json", "--output", tmp_path / "l.parquet", "--texts-output", tmp_path / "x.parquet",
-    )  # fmt: skip
+    to_latents(folder, tmp_path, 20)
     made = tables.provenance(tmp_path / "l.parquet")
     assert made["enlarged_images"] == (3 if name == "sdxl" else 0)
     assert made["truncated_captions"] == 0
@@ -364,6 +369,23 @@ def test_commands_from_a_folder_to_latents(toy, name, tmp_path):
     families.of_manifest(about).hold(about, "unet", "encoders")
     with pytest.raises(UserError, match="the manifest says"):
         families.of_manifest(about).hold(about | {"unet": "0" * 16}, "unet")
+
+
+@pytest.mark.parametrize(("name", "factor", "warned"), [("sd1", 4.5, False), ("sd1", 1.0, True), ("ddpm", None, False)])
+def test_a_wrong_scaling_factor_is_told_by_the_latents(toy, name, factor, warned, tmp_path, capsys):
+    """Codes of this autoencoder have .22: 4.5 makes 1 of it, 1 forgets to. Pixels have no factor to get wrong."""
+    folder = shutil.copytree(toy(name)[0], tmp_path / "model")
+    if factor:
+        toys.edit(folder / "vae" / "config.json", scaling_factor=factor)
+    to_latents(folder, tmp_path, 40)
+    spread = tables.provenance(tmp_path / "l.parquet")["latent_std"]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(said) == warned
+    if name == "sd1":
+        assert spread == pytest.approx(0.2 if warned else 0.9, rel=0.2)
+    if warned:
+        assert f"of 3 images have a standard deviation of {spread:.2f} after scaling" in said[0]
+        assert "is scaling_factor 1 this autoencoder's, " in said[0]
 
 
 # Folders that are not what they should be

@@ -413,14 +413,22 @@ class Small:
 def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(network, encoded):
     options = FeaturesOptions(settings=(18,), draws=2, losses=("model_loss",))
     whole, done = read(network, encoded, options)
-    small = Small(network, 5)
+    small = Small(network, 17)
     table, counts = read(small, encoded, options, batch_size=32)
     assert counts == done
-    assert small.called[:3] == [18, 9, 4] and max(small.called[3:]) <= 4  # found once, then kept to
-    for name in ("model_loss",):
-        assert table[name].to_pylist() == pytest.approx(whole[name].to_pylist(), rel=1e-5)
-    with pytest.raises(UserError, match="memory does not hold one image, cpu, use a larger one"):
-        read(Small(network, 0), encoded, options)
+    assert small.called == [18, 16, 16]  # 18 pairs: 16, and 2 that are filled up, since fewer sum in another order
+    assert table.equals(whole)
+    with pytest.raises(UserError, match="memory does not hold 16 rows at a time, cpu, use a larger one"):
+        read(Small(network, 15), encoded, options)
+
+
+def test_halves_are_found_once_and_kept_to_and_change_no_bit(network, encoded):
+    options = FeaturesOptions(settings=(18,), probes=("noised",), draws=9)
+    whole, done = read(network, encoded, options, batch_size=81)
+    small = Small(network, 2 * 41)  # both texts in one call
+    table, counts = read(small, encoded, options, batch_size=64)
+    assert counts == done and table.equals(whole)
+    assert [n for n in small.called if n > small.rows] == [2 * 64]  # 64 pairs once, then 32, and 17 as they are
 
 
 def test_draws_differ_and_are_seeded(network, encoded):

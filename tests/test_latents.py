@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import types
 
 import numpy as np
 import pyarrow as pa
@@ -86,6 +87,18 @@ def test_latents_are_scaled_on_reading(run):
     np.testing.assert_allclose(z0[0].flatten(), 0.7 * np.array(found["mean"][0].as_py()), rtol=1e-6)
     with pytest.raises(UserError, match="latents are not of shape"):
         latents.posterior(found, (4, 9, 9))
+
+
+@pytest.mark.parametrize(("scaling", "wanted"), [(0.18215, 1.0), (1.0, 5.49)])
+def test_the_spread_of_scaled_latents_tells_whether_the_factor_was_left_out(scaling, wanted):
+    """Stable Diffusion's codes have 5.49 and a mean of their own; the factor makes 1 of it, in all rows together."""
+    codes = 2 + np.random.default_rng(0).normal(0, 1 / 0.18215, (600, 64))
+    found = pa.table({"mean": tables.vector_column(codes.astype(np.float16))})
+    coder = types.SimpleNamespace(scaled=lambda mean: (mean - 0.1) * scaling)
+    assert latents.spread(found, coder) == pytest.approx(wanted, rel=0.01)
+    assert latents.spread(found, coder) == pytest.approx(scaling * codes.std(), rel=1e-3)
+    assert latents.spread(found.slice(0, 1), coder) == pytest.approx(scaling * codes[0].std(), rel=1e-3)
+    assert latents.spread(found.slice(0, 0), coder) is None
 
 
 def test_images_smaller_than_the_model_are_enlarged_and_counted(tiny_target):

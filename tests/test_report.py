@@ -19,7 +19,7 @@ import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 
-from mia import distance, evaluation, rng, scored, summary, tables
+from mia import attacks, distance, evaluation, rng, scored, summary, tables
 from mia import report as stage
 from mia import verdict as verdicts
 from mia.cli import common
@@ -360,6 +360,17 @@ def test_comparison_stands_beside_controls_and_blind(world: World, built: tuple[
     assert row["verdict"] == mine["verdict"] == "signal"
     printed = next(r for r in Parsed(built[1]).rows if r[0] == "Reversed noising" and r[1] == "AUC")
     assert printed[-1] == "signal" and printed[-3] == f"{mine['p_adjusted']:.3f}"
+
+
+def test_attacks_fitted_on_labels_are_marked_and_the_others_not(world: World, built: tuple[pathlib.Path, str]) -> None:
+    """Knowledge tells attacks apart (pitfall 10): each has its access, and a star if labelled samples fitted it."""
+    lineup = csv_rows(built[0], "lineup")
+    fitted = {row["attack"]: row["labels"].lower() == "true" for row in lineup}
+    assert fitted == {name: attacks.REGISTRY[name].labels if name in attacks.REGISTRY else False for name in fitted}
+    assert len(set(fitted.values())) == 2 and all(row["access"] for row in lineup)
+    rows = Parsed(built[1]).rows
+    first = next(i for i, row in enumerate(rows) if row[:2] == ["Attack", "Access"]) + 1
+    assert [row[0].endswith("*") for row in rows[first : first + len(lineup)]] == list(fitted.values())
 
 
 def test_protocols_stand_side_by_side_with_the_selection_gain(world: World, built: tuple[pathlib.Path, str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 import polars as pl
 
-from mia import tables
+from mia import tables, walks
 from mia.cli import common
 from mia.cli.common import listed, many, one, seed_option, stage_options, workers_option
 from mia.errors import UserError
@@ -35,42 +35,45 @@ def scores(features: Any, dataset: Any, settings: Any, seed: int, workers: int, 
     needed = bool(set(options.attacks) & set(stage.OF_SETTINGS))
     rows = pl.from_arrow(tables.read(files, "features", columns=columns)) if needed else pl.DataFrame()
     model = _one_target(files)
-    others = evidence.read(files, _latent_shape(files), blocks) if blocks else None
+    others = evidence.read(files, _latent_shape(model, files[0]), blocks) if blocks else None
     labels = pl.from_arrow(tables.read(dataset, "dataset", columns=("sample_id", "group", "part", "member")))
     assert isinstance(rows, pl.DataFrame) and isinstance(labels, pl.DataFrame)
     known = labels.with_columns(pl.when(pl.col("part") == "calibration").then("member").alias("member"))
     found = stage.attack_scores(rows, known.drop("part"), settings, options, seed, workers, others)
     made = common.made_by(
-        "scores", options, seed, [*features, dataset], settings=settings, **model, libraries=("scikit-learn", "polars")
-    )
+        "scores", options, seed, [*features, dataset], settings=settings, unet=model["unet"],
+        encoders=model["encoders"], libraries=("scikit-learn", "polars"),
+    )  # fmt: skip
     tables.write(output, found.to_arrow().cast(common.plain(tables.SCHEMAS["scores"])), "scores", made)
 
 
-def _one_target(paths: Any) -> dict:
-    """Hashes of the model that all the features share. Refuses features of two models, seeds or draw counts."""
+# What files of one target may differ in: parts of the work, and a limit that changes no result.
+MAY_DIFFER = {"settings", "probes", "losses", "query_budget"}
+
+
+def _one_target(paths: Any) -> dict[str, Any]:
+    """What the features share in being made. Refuses those of two models, seeds or options: no attack may mix them."""
     shared: dict[str, Any] = {}
     for path in paths:
-        made = tables.provenance(path)
-        facts = {"unet": made.get("unet"), "encoders": made.get("encoders"), "seed": made.get("seed")}
-        options = made.get("options", {})
-        facts["dtype"] = options.get("dtype")
-        if options.get("settings"):  # what a job does not look at stands at its default
-            facts["timesteps"] = options.get("timesteps")
-        if options.get("settings") or "noised" in options.get("probes", ()):
-            facts["draws"] = options.get("draws")
-        for name, value in facts.items():
+        for name, value in _facts(tables.provenance(path)).items():
             if shared.setdefault(name, value) != value:
                 raise UserError(
                     f"features differ in {name}: {shared[name]} and {value}", path, "give one target's features"
                 )
-    return {name: shared[name] for name in ("unet", "encoders")}
+    return shared
 
 
-def _latent_shape(paths: Any) -> tuple[int, ...]:
-    """Channels, height and width of the latents that all the features are of."""
-    shapes = {tuple(tables.provenance(path).get("latent_shape") or ()): path for path in paths}
-    if () in shapes:
-        raise UserError("features do not say the shape of their latents", shapes[()], "extract them anew")
-    if len(shapes) > 1:
-        raise UserError(f"features differ in latent_shape: {sorted(shapes)}", paths[0], "give one target's features")
-    return shapes.popitem()[0]
+def _latent_shape(model: dict[str, Any], path: Any) -> tuple[int, ...]:
+    """Channels, height and width of the latents."""
+    if not model["latent_shape"]:
+        raise UserError("features do not say the shape of their latents", path, "extract them anew")
+    return tuple(model["latent_shape"])
+
+
+def _facts(made: dict[str, Any]) -> dict[str, Any]:
+    """What a features file is made of: the model, the seed, and those options that its job looks at."""
+    options = common.features_options(made)
+    looked_at = sorted(walks.looks_at(options) - MAY_DIFFER)
+    facts = {name: made.get(name) for name in ("unet", "encoders", "latent_shape", "seed", "version")}
+    encoder = {"encoder": made["encoder"]} if made.get("encoder") else {}  # that compared the generations
+    return facts | encoder | {name: getattr(options, name) for name in looked_at}

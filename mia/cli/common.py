@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 import mia
 from mia import tables
-from mia.config import COMMANDS, flag_name, refuse_out_of_range
+from mia.config import COMMANDS, FeaturesOptions, flag_name, refuse_out_of_range
 from mia.errors import UserError
 
 PATH = click.Path(path_type=pathlib.Path)
@@ -108,6 +108,14 @@ def _chosen(options: Any) -> dict[str, Any]:
     plain = dataclasses.asdict(options) if options is not None else {}
     digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
     return {"version": getattr(options, "version", 1), "options": plain, "config_hash": digest}
+
+
+def features_options(made: dict[str, Any]) -> FeaturesOptions:
+    """The options that a features table's provenance tells of; what it does not tell of stands at its default."""
+    names = {field.name for field in dataclasses.fields(FeaturesOptions)}
+    said = {name: value for name, value in made.get("options", {}).items() if name in names}
+    plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in said.items()}
+    return FeaturesOptions(**plain)
 
 
 def refuse_other_options(paths: Iterable[object], options: Any, what: str, fix: str) -> None:

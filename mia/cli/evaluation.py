@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -64,18 +65,28 @@ def evaluate(
     if classifiers:
         scored = _with_classifiers(scored, classifiers, options, seed, workers)
         controls = {n: _with_classifiers(one, classifiers, options, seed, workers) for n, one in controls.items()}
+    unet = _unet(scores)
     inputs = [*scores, *blind, *control, *(path for path in (dataset, calibration) if path is not None)]
     made = common.made_by(
         "evaluation", options, seed, inputs, lower_is_member=lower_is_member, classifiers=classifiers,
-        unet=_unet(scores[0]), libraries=("scipy", "scikit-learn", "polars"),
+        unet=unet, libraries=("scipy", "scikit-learn", "polars"),
     )  # fmt: skip
     tables.write(output, stage.evaluate(scored, options, seed, against, controls), "metrics", made)
     if roc_output is not None:
         tables.write(roc_output, stage.roc(scored), "roc", made)
 
 
-def _unet(path: pathlib.Path) -> Any:
-    return tables.provenance(path).get("unet") if path.suffix == ".parquet" else None
+def _unet(paths: Sequence[pathlib.Path]) -> str | None:
+    """The one model that the scores are of, as far as they say.
+
+    Raises:
+        UserError: they are of two: a fine-tuned model's attacks are no evidence about another.
+    """
+    said = {path: tables.provenance(path).get("unet") for path in paths if path.suffix == ".parquet"}
+    known = {unet: path for path, unet in said.items() if unet}
+    if len(known) > 1:
+        raise UserError(f"scores are of two models, {' and '.join(known)}", [*known.values()][1], "give one target's")
+    return next(iter(known), None)
 
 
 def _rival(path: pathlib.Path, truth: pl.DataFrame) -> Any:

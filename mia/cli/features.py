@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import TYPE_CHECKING, Any
 
 import click
 import pyarrow.compute as pc
@@ -11,6 +12,12 @@ from mia import tables
 from mia.cli import common
 from mia.cli.common import batch_option, device_option, one, seed_option, stage_options
 from mia.errors import UserError
+
+if TYPE_CHECKING:
+    from mia.walks import Counts
+
+
+USUAL_STD = (0.5, 2.0)  # of scaled latents: wide enough for small shards, narrow enough for a factor left out
 
 
 @click.command()
@@ -41,14 +48,20 @@ def latents(
     rows = rows.filter(pc.is_in(rows["sample_id"], here.combine_chunks()))
     data = common.image_bytes([images], rows["sample_id"].to_pylist())
     found, texts, enlarged = stage.encode(rows, data, autoencoder, captions, batch_size, common.progress("latents"))
+    spread = stage.spread(found, autoencoder)
     made = common.made_by(
         "latents", options, None, [selection, images], encoders=about["encoders"], device=device, dtype="float32",
         side_px=autoencoder.side_px, latent_shape=list(autoencoder.latent_shape), text_width=captions.width,
         truncated_captions=int((texts["n_tokens"].to_numpy() > captions.limit).sum()), enlarged_images=enlarged,
-        libraries=models.LIBRARIES,
+        latent_std=spread, libraries=models.LIBRARIES,
     )  # fmt: skip
     tables.write(texts_output, texts, "texts", made)
     tables.write(output, found, "latents", made)
+    if spread is not None and model.family.autoencoder and not USUAL_STD[0] <= spread <= USUAL_STD[1]:
+        common.say(
+            f"warning: latents of {found.num_rows} images have a standard deviation of {spread:.2f} after scaling, "
+            f"usual is about 1; is scaling_factor {autoencoder.scaling:g} this autoencoder's, {model.folder}?"
+        )
 
 
 @click.command()
@@ -89,7 +102,13 @@ def features(
     made = common.made_by(
         "features", jobs[block], seed, inputs, unet=about["unet"], encoders=about["encoders"], block=block,
         device=device.split(",")[0].split(":")[0], latent_shape=found.latent_shape,
-        has_null=found.has_null, unet_rows=found.counts.unet_rows, decodes=found.counts.decodes,
-        libraries=models.LIBRARIES,
+        has_null=found.has_null, **dataclasses.asdict(found.counts), libraries=models.LIBRARIES,
+        **({"encoder": found.encoder} if found.encoder else {}),
     )  # fmt: skip
     tables.write(output, found.table, "features", made)
+    common.say(f"features {block}: {found.samples} samples, {_told(found.counts)}")
+
+
+def _told(counts: Counts) -> str:
+    work = f"{counts.unet_rows} rows through the denoiser, {counts.decodes} decodes"
+    return f"{work}, {counts.pictures} pictures in {counts.queries} queries" if counts.pictures else work

@@ -27,12 +27,11 @@ GRADIENT_PASSES = {
 
 
 class Work(NamedTuple):
-    """For one image: rows and decodes, encodes, backward passes, pictures, and backward passes that go to weights."""
+    """For one image: rows, decodes and pictures; encodes, backward passes, and those of them that go to weights."""
 
     counts: Counts
     encodes: int = 0
     backwards: int = 0
-    pictures: int = 0
     to_weights: int = 0
 
 
@@ -45,9 +44,9 @@ def planned(options: FeaturesOptions, has_null: bool = True) -> Work:
     varied = services.planned(
         _sampling(options, "variations", has_null), variations=asked["variations"], strength=_pictures(options).strength
     )
-    counts = Counts(white.unet_rows + drawn.unet_rows + varied.unet_rows, drawn.decodes + varied.decodes)
+    rows, decodes = white.unet_rows + drawn.unet_rows + varied.unet_rows, drawn.decodes + varied.decodes
     to_weights = gradients.planned([name for name in chosen if name == "gsa"], _gradients(options), 1).backwards
-    return Work(counts, varied.encodes, white.backwards, sum(asked.values()), to_weights)
+    return Work(Counts(rows, decodes, sum(asked.values())), varied.encodes, white.backwards, to_weights)
 
 
 def as_run(attack: Attack, jobs: Mapping[str, FeaturesOptions], has_null: bool = True) -> Attack:
@@ -124,29 +123,29 @@ def read_gradients(
 
 def read_pictures(
     block: str, network: Network, samples: Samples, names: list[str], squares: np.ndarray, prompts: Captions,
-    encoder: str, options: FeaturesOptions, seed: int, batch_size: int, progress: Callable,
+    encoder: blackbox.Encoder | None, options: FeaturesOptions, seed: int, progress: Callable,
 ) -> tuple[pa.Table, Counts]:  # fmt: skip
     """The block `generations` or `variations`, from a pipeline here or from the service that the options name.
 
-    Variations are asked for with the empty prompt: the caption might tell members by itself.
+    Variations are asked for with the empty prompt: the caption might tell members by itself. `encoder` compares
+    generations. What is asked is counted, budget or none: a service charges for it.
     """
     local = services.LocalService.of(
         network, _conditions(prompts, network), _sampling(options, block, network.has_null)
     )
-    service: services.Service = services.HttpService(options.service) if options.service else local
-    if options.query_budget:
-        service = services.Budgeted(service, options.query_budget)
+    asked_of = services.HttpService(options.service) if options.service else local
+    service = services.Budgeted(asked_of, options.query_budget)
     bands = tables.bands(samples.latents["image"].shape[1])
-    asked = (service, samples.ids, squares)
-    if block == "variations":
+    if encoder is None:
         empty = [""] * len(names)
-        table = blackbox.variations(*asked, empty, _pictures(options), seed, bands, progress)
+        table = blackbox.variations(
+            service, samples.ids, squares, empty, _pictures(options), seed, bands, progress
+        )  # fmt: skip
     else:
         table = blackbox.generations(
-            service, samples.ids, list(squares), names, _encoder(encoder, network.device, batch_size),
-            _pictures(options), seed, bands, progress,
-        )  # fmt: skip
-    return table, Counts(local.counts.unet_rows, local.counts.decodes)
+            service, samples.ids, list(squares), names, encoder, _pictures(options), seed, bands, progress
+        )
+    return table, Counts(local.counts.unet_rows, local.counts.decodes, service.images, service.queries)
 
 
 def _conditions(prompts: Captions, network: Network) -> Callable[[list[str]], dict[str, Any]]:
@@ -166,10 +165,11 @@ def _conditions(prompts: Captions, network: Network) -> Callable[[list[str]], di
     return encode
 
 
-def _encoder(name: str, device: Any, batch_size: int) -> blackbox.Encoder:
+def encoder(name: str, device: Any, batch_size: int) -> tuple[blackbox.Encoder, str]:
+    """The open_clip model that compares generations, and the hash of its weights."""
     from mia import models
 
     if not name:
         raise UserError("generations are compared by an encoder", "--encoder", "name an open_clip model")
-    net, preprocess, tokenize, _ = models.encoder(name, device)
-    return blackbox.Encoder(net, preprocess, tokenize, batch_size)
+    net, preprocess, tokenize, weights = models.encoder(name, device)
+    return blackbox.Encoder(net, preprocess, tokenize, batch_size), weights

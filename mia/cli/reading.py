@@ -45,13 +45,17 @@ class Shard:
 
 
 class Part(NamedTuple):
-    """What was read, of how many samples, off a network of which latents' shape and with a null condition?"""
+    """What was read, of how many samples, off a network of which latents' shape and with a null condition?
+
+    `encoder` is the hash of the encoder that compared generations, empty where none did.
+    """
 
     table: pa.Table
     counts: Counts
     samples: int
     latent_shape: list[int]
     has_null: bool
+    encoder: str = ""
 
 
 def read(shard: Shard, devices: Sequence[str], batch_size: int, compiled: bool, progress: Callable = iter) -> Part:
@@ -78,18 +82,24 @@ def read(shard: Shard, devices: Sequence[str], batch_size: int, compiled: bool, 
             ]
             parts = [job.result() for job in progress(jobs)]
     counts = sum((part.counts for part in parts), Counts())
-    once = walks.planned(shard.options, parts[0].has_null) + passes.planned(shard.options, parts[0].has_null).counts
-    wanted = once * sum(part.samples for part in parts)
-    if counts != wanted and not shard.options.service:
+    samples = sum(part.samples for part in parts)
+    wanted = _planned(shard.options, parts[0].has_null) * samples
+    if counts != wanted:
         raise AssertionError(f"planned {wanted}, did {counts}")
     whole = tables.check(pa.concat_tables([part.table for part in parts]), "features")
-    return Part(whole, counts, sum(part.samples for part in parts), parts[0].latent_shape, parts[0].has_null)
+    return parts[0]._replace(table=whole, counts=counts, samples=samples)
+
+
+def _planned(options: FeaturesOptions, has_null: bool) -> Counts:
+    """The work for one image; of a service elsewhere only the pictures are ours to see."""
+    once = walks.planned(options, has_null) + passes.planned(options, has_null).counts
+    return Counts(pictures=once.pictures) if options.service else once
 
 
 def _require_budget(shard: Shard) -> None:
     """Stop before any device asks for a picture when all of them together would exceed the shard's budget."""
     budget, samples = shard.options.query_budget, tables.read(shard.latents, "latents", ("sample_id",)).num_rows
-    asked = passes.planned(shard.options).pictures * samples
+    asked = passes.planned(shard.options).counts.pictures * samples
     if 0 < budget < asked:
         raise UserError(
             f"{asked} pictures of {samples} samples would exceed the budget of {budget}", "features.query_budget",
@@ -119,17 +129,17 @@ def _part(
     coder = model.autoencoder(on, torch.float32) if shard.block == "crops" else network.autoencoder
     found, seed = samples(shard, network, coder, prompts, part, parts), shard.seed
     options = shard.options  # its budget is the shard's; that all parts together keep to it was asked before the first
+    judge, weights = passes.encoder(shard.encoder, on, batch_size) if shard.block == "generations" else (None, "")
     if shard.block == "gradients":
         table, counts = passes.read_gradients(network, found, options, seed, batch_size, progress)
     elif shard.block in ("generations", "variations") and prompts is not None:
         squares = _squares(shard, found.ids, network)
         table, counts = passes.read_pictures(
-            shard.block, network, found, _captions(shard, found.ids), squares, prompts, shard.encoder, options, seed,
-            batch_size, progress,
+            shard.block, network, found, _captions(shard, found.ids), squares, prompts, judge, options, seed, progress
         )  # fmt: skip
     else:
         table, counts = extract(network, found, options, seed, batch_size, progress)
-    return Part(table, counts, len(found.ids), list(network.latent_shape), network.has_null)
+    return Part(table, counts, len(found.ids), list(network.latent_shape), network.has_null, weights)
 
 
 def samples(

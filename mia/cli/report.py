@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import pathlib
@@ -12,7 +11,7 @@ import click
 import polars as pl
 
 from mia import tables
-from mia.cli.common import frame, one
+from mia.cli.common import features_options, frame, one
 from mia.config import FeaturesOptions
 from mia.errors import UserError
 
@@ -112,11 +111,7 @@ def _jobs(folder: pathlib.Path) -> tuple[dict[str, FeaturesOptions], bool]:
     """Options of each job that read a target, and whether that knows an empty prompt, as a shard of each tells."""
     first = {path.parent.name: path for path in sorted(folder.glob("*/*.parquet"), reverse=True)}
     made = {job: tables.provenance(path) for job, path in first.items()}
-    names, jobs = {field.name for field in dataclasses.fields(FeaturesOptions)}, {}
-    for job, about in made.items():
-        said = {name: value for name, value in about.get("options", {}).items() if name in names}
-        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in said.items()}
-        jobs[job] = FeaturesOptions(**plain)
+    jobs = {job: features_options(about) for job, about in made.items()}
     return jobs, all(about.get("has_null", True) for about in made.values())
 
 

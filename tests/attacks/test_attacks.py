@@ -271,6 +271,19 @@ def test_no_label_of_the_test_part_enters_a_score(name):
         np.testing.assert_array_equal(score, run(name)[a, v], err_msg=f"{a} {v}")
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_a_test_image_alone_has_the_score_that_it_has_in_company(name):
+    """Nothing pooled over the test part enters a score, given frozen calibration (pitfall 3)."""
+    one = np.flatnonzero(TEST)[1]
+    kept = np.flatnonzero(CALIBRATION.known | (np.arange(len(MEMBER)) == one))
+    rows = ALL.filter(pa.compute.is_in(ALL["sample_id"], pa.array([WORLD.ids[i] for i in kept])))
+    alone = dataclasses.replace(
+        CALIBRATION, member=CALIBRATION.member[kept], group=CALIBRATION.group[kept], known=CALIBRATION.known[kept]
+    )
+    for a, v, score in attacks.run(name, Evidence([rows], WORLD.shape), alone):
+        np.testing.assert_allclose(score, run(name)[a, v][kept], rtol=1e-12, err_msg=f"{a} {v}")
+
+
 def test_workers_change_nothing():
     two = dataclasses.replace(CALIBRATION, workers=2)
     for name in ("gsa1", "clid"):

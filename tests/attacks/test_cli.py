@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 
@@ -11,9 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mia import attacks, tables
+from mia import attacks, tables, walks
 from mia.__main__ import main
 from mia.attacks.evidence import Evidence
+from mia.cli import common
+from mia.cli.attacks import MAY_DIFFER
+from mia.config import FeaturesOptions
 from tests.attacks.world import arrow, memorising_world, rows_of
 
 WORLD, MEMBER = memorising_world(n=120)
@@ -77,21 +81,79 @@ def test_files_become_scores(mia, folder):
         ("loss", ("clean.parquet",), "block 'noised' was not extracted"),
         ("secm", ("clean.parquet",), "unknown value 'secm'; use 'secmi' or 'secmi_nn' or 'sima'"),
         ("loss_threshold", ("clean.parquet",), "setting 18 was not extracted"),
-        ("secmi", ("clean.parquet", "other.parquet"), "features differ in unet: abc and xyz"),
-        ("secmi", ("clean.parquet", "seed.parquet"), "features differ in seed: 0 and 1"),
-        ("secmi", ("clean.parquet", "shape.parquet"), "features differ in latent_shape"),
         ("secmi", ("none.parquet",), "features do not say the shape of their latents"),
         ("secmi", ("clean.parquet", "clean.parquet"), "rows of block 'secmi' stand twice"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_scored_ends_with_one_line(mia, folder, names, files, said):
-    write(folder / "other.parquet", ("noised",), unet="xyz")
-    write(folder / "seed.parquet", ("noised",), seed=1)
-    write(folder / "shape.parquet", ("noised",), latent_shape=[4, 64, 64])
     write(folder / "none.parquet", ("noised",), latent_shape=None)
     code, out, err = mia(*words(folder, names, *files))
     assert code == 2 and out == "" and len(err.splitlines()) == 1 and err.startswith("error: ")
     assert said in err, err
+
+
+def job(name: str, **changed) -> dict:
+    """The options of a job as its features' provenance has them."""
+    chosen = FeaturesOptions(
+        settings=(18, 3, 4), draws=3,
+        probes=("noised", "clean", "crops", "gsa", "generations", "variations"),
+    )  # fmt: skip
+    return dataclasses.asdict(walks.jobs(dataclasses.replace(chosen, **changed))[name])
+
+
+# Each fact: a job that looks at it, another value of it, and as what it stands in the file.
+OPTION_FACTS = [
+    ("noised", "draws", 2), ("noised", "timesteps", "committed"), ("noised", "posterior", "sample"),
+    ("noised", "dtype", "bfloat16"), ("noised", "tf32", True), ("crops", "posterior", "sample"),
+    ("crops", "crops", (75,)), ("start-300", "latent_shift_index", 5), ("start-300", "latent_shift_by", 0.5),
+    ("start-300-text-0.1", "text_shift_scale", 2.0), ("gradients", "gradient_timesteps", (1, 501)),
+    ("variations", "variations", 2), ("generations", "generations", 2), ("generations", "generation_steps", 10),
+    ("generations", "service", "https://example.org"), ("clean", "tf32", True),
+]  # fmt: skip
+MODEL_FACTS = [
+    ("unet", "xyz"), ("encoders", "xyz"), ("seed", 1), ("latent_shape", [4, 64, 64]), ("version", 1),
+    ("encoder", "xyz"),
+]  # fmt: skip
+
+
+def test_every_fact_is_among_those_tried():
+    compared = {field.name for field in dataclasses.fields(FeaturesOptions)} - MAY_DIFFER
+    assert compared == {name for _, name, _ in OPTION_FACTS}
+    assert all(name in walks.looks_at(common.features_options({"options": job(of)})) for of, name, _ in OPTION_FACTS)
+
+
+def refused(mia, folder, fact):
+    code, out, err = mia(*words(folder, "secmi", "clean.parquet", "a.parquet", "b.parquet"))
+    assert code == 2 and out == "" and len(err.splitlines()) == 1, err
+    assert err.startswith(f"error: features differ in {fact}: ") and "b.parquet, give one target's features" in err
+    assert not (folder / "s.parquet").exists()
+
+
+@pytest.mark.parametrize(("of", "fact", "other"), OPTION_FACTS)
+def test_shards_read_under_other_options_are_refused(mia, folder, of, fact, other):
+    write(folder / "a.parquet", ("noised",), options=job(of))
+    write(folder / "b.parquet", ("noised",), options=job(of, **{fact: other}))
+    write(folder / "clean.parquet", ("clean",), options=job("clean"))
+    refused(mia, folder, fact)
+
+
+@pytest.mark.parametrize(("fact", "other"), MODEL_FACTS)
+def test_features_of_another_model_are_refused(mia, folder, fact, other):
+    known = {"encoder": "abc", "encoders": "abc", "version": FeaturesOptions.version}
+    for name, more in (("clean", {}), ("a", {}), ("b", {fact: other})):
+        write(folder / f"{name}.parquet", (name,), **known | more)
+    refused(mia, folder, fact)
+
+
+def test_a_job_that_does_not_look_at_an_option_goes_with_any_value_of_it(mia, folder):
+    """Of `posterior: sample` and 3 draws the job of gradients knows nothing, nor that of pictures."""
+    of = {"posterior": "sample", "gradient_timesteps": (1, 501)}
+    for name in ("clean", "noised", "gradients", "variations"):
+        write(folder / f"{name}.parquet", (name, "secmi") if name == "clean" else (name,), options=job(name, **of))
+    made = tables.provenance(folder / "gradients.parquet")["options"]
+    assert (made["posterior"], made["draws"]) == ("mode", FeaturesOptions().draws)
+    files = ("clean.parquet", "noised.parquet", "gradients.parquet", "variations.parquet")
+    assert mia(*words(folder, "secmi,loss", *files)) == (0, "", "")
 
 
 def test_the_list_is_aligned_and_whole(mia):
