@@ -1,138 +1,167 @@
-"""Seconds and memory of every attack on the stored features of 10,000 images of Stable Diffusion's shape.
+"""Seconds and memory of `mia scores` on the stored features of 10,000 images of Stable Diffusion's shape.
 
-The features are random numbers in files of the real layout: 15 timesteps x 5 draws of the noised grid, caption and
-empty prompt, and every other block; half of the images are calibration. Prints seconds of time and of CPU for each
-attack, the total from opening the files to the last score, and peak memory; limits: 60 s and 2 GB on two cores. Attacks
-on settings' losses are the matter of `benchmarks.classifiers`.
+The features are random numbers in files of the real layout, written by the real writer: 15 timesteps x 5 draws of the
+noised grid, caption and empty prompt, every other block with the vectors that it has (5 numbers for each of 3
+generations, 2 for the variations, 686 gradient norms), and the losses of the default settings; half of the images are
+calibration. Runs the command with every attack of the registry but the five classifiers on the settings' losses,
+which have a benchmark of their own (`benchmarks.classifiers`). Prints seconds of time and of CPU from the start of the
+process to the table of scores, and its peak memory; limits: 60 s and 2 GB on two cores.
 """
 
 from __future__ import annotations
 
 import pathlib
 import resource
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from mia import attacks, scores, tables
+from mia import classifiers, scores, settings, tables, walks
 from mia.attacks import evidence
-from mia.attacks.calibration import Calibration
-from mia.config import ScoresOptions
+from mia.config import FeaturesOptions
 
+N, SHARDS = 10_000, 4
 SHAPE = (4, 64, 64)
-GRID = (1, 51, 101, 141, 201, 301, 401, 441, 451, 461, 501, 601, 701, 801, 901)
-TENS = tuple(range(1, 1000, 100))
-# Block -> timesteps, draws, whether it holds statistics, width of its vector and the timestep that has one.
-BLOCKS: dict[str, dict[str, tuple]] = {
-    "clean": {
-        "clean": (tuple(range(0, 200, 10)), 1, True, 0, 0),
-        **{name + end: (steps, 1, True, 0, 0) for end in ("", "-null") for name, steps in
-           (("pia", (100, 200, 300, 400, 500)), ("pian", (200,)))},
-        **{"secmi" + end: (tuple(range(0, 150, 10)), 1, False, 1024, 140) for end in ("", "-null")},
-    },
-    "noised": {
-        "noised": (GRID, 5, True, 0, 0),
-        **{f"prompt-{k}": ((441, 451, 461), 1, True, 0, 0) for k in (1, 2, 3)},
-        **{"stepback" + end: ((51,), 1, False, 0, 0) for end in ("", "-null")},
-        **{"aggregation" + end: ((101,), 1, False, 1, 101) for end in ("", "-null")},
-    },
-    "crops": {"crop-82": ((101, 201, 301, 401), 1, True, 0, 0)},
-    "gradients": {
-        "gsa1": ((0,), 1, False, 686, 0), "gsa2": ((0,), 1, False, 686, 0),
-        "gradient-masking": (TENS, 1, False, 0, 0), "noise-optimisation": ((101,), 1, False, 2, 101),
-    },
-    "generations": {"generations": ((0,), 4, False, 3, 0)},
-    "variations": {"variations": ((50,), 1, False, 1, 50)},
-}  # fmt: skip
+LOSSES = settings.LOSSES
+OPTIONS = FeaturesOptions(probes=(*walks.PROBES, *walks.PASSES))
+TENS = OPTIONS.gradient_timesteps
 
 
-def rows(ids: list[str], name: str, layout: tuple, generator: np.random.Generator) -> pa.Table:
+class Layout(NamedTuple):
+    """A block's timesteps and draws, its losses, whether it holds statistics, of which an operand may lack, its vector.
+
+    `at` is the timestep at which there is a vector of `width` entries.
+    """
+
+    steps: tuple[int, ...]
+    draws: int = 1
+    losses: tuple[str, ...] = ()
+    statistics: bool = False
+    lacks: str = ""
+    width: int = 0
+    at: int = 0
+
+
+def layouts() -> dict[str, dict[str, Layout]]:
+    """Job -> block -> layout, as `mia features` leaves them."""
+    error = ("latent_error",)
+    found = {
+        "clean": {"clean": Layout(walks.CLEAN_TIMESTEPS, statistics=True, lacks="eps")},
+        "noised": {"noised": Layout(walks.GRID, OPTIONS.draws, statistics=True)},
+        "prompts": {
+            name: Layout(walks.PROMPT_TIMESTEPS, statistics=True, lacks="null") for name in walks.PROMPTS
+        },
+        "crops": {f"crop-{c}": Layout(walks.CROP_TIMESTEPS, statistics=True) for c in OPTIONS.crops},
+        "gradients": {
+            "gsa1": Layout((0,), width=686), "gsa2": Layout((0,), width=686),
+            "gradient-masking": Layout(TENS, losses=("model_loss",)),
+            "noise-optimisation": Layout((101,), width=2, at=101),
+        },
+        "generations": {"generations": Layout((0,), OPTIONS.generations, width=5)},
+        "variations": {"variations": Layout((50,), width=2, at=50)},
+    }  # fmt: skip
+    for end, lacks in (("", "null"), ("-null", "cond")):
+        found["clean"] |= {
+            "pia" + end: Layout(walks.PIA_TIMESTEPS, statistics=True, lacks=lacks),
+            "pian" + end: Layout(walks.PIAN_TIMESTEPS, statistics=True, lacks=lacks),
+            "secmi" + end: Layout(tuple(range(0, 150, 10)), losses=error, width=1024, at=140),
+        }
+        found["noised"] |= {
+            "stepback" + end: Layout((51,), losses=error),
+            "aggregation" + end: Layout((101,), width=1, at=101),
+        }
+    for number in OPTIONS.settings:
+        of = settings.setting(number)
+        layout = Layout(tuple(sorted(walks.timesteps(of, OPTIONS))), OPTIONS.draws, losses=LOSSES)
+        found.setdefault(settings.job_of(of), {})[settings.own_block(of)] = layout
+    return found
+
+
+def rows(ids: list[str], name: str, layout: Layout, generator: np.random.Generator) -> pa.Table:
     """One block's rows for these samples."""
-    steps, draws, statistics, width, at = layout
-    n = len(ids) * len(steps) * draws
+    steps, draws, n = layout.steps, layout.draws, len(ids) * len(layout.steps) * layout.draws
     t = np.tile(np.repeat(steps, draws), len(ids)).astype(np.int32)
     columns: dict[str, pa.Array] = {
         "sample_id": pa.array(np.repeat(np.array(ids, dtype=object), len(steps) * draws)),
         "block": pa.array([name] * n), "timestep": pa.array(t),
         "draw": pa.array(np.tile(np.arange(draws, dtype=np.int32), len(ids) * len(steps))),
-        "model_loss": pa.array(generator.random(n)), "latent_error": pa.array(generator.random(n) + 0.01),
-        "pixel_error": pa.nulls(n, pa.float64()),
     }  # fmt: skip
-    for column, size in (("gram", 10), ("norms", 10), ("bands", 10)):
-        values = generator.random((n, size)) + 1
-        if column == "gram":  # of vectors of length 1 that point apart
-            values = np.tile([1.0, 0.1, 0.1, 0.1, 1.0, 0.8, 0.8, 1.0, 0.9, 1.0], (n, 1)) + values / 100
-        kind = pa.list_(pa.float64(), size)
-        flat = pa.array(values.reshape(-1))
-        columns[column] = pa.FixedSizeListArray.from_arrays(flat, size) if statistics else pa.nulls(n, kind)
-    there = (t == at) & (width > 0)
-    offsets = np.concatenate([[0], np.cumsum(there * width)]).astype(np.int32)
+    for loss in LOSSES:
+        known = loss in layout.losses
+        columns[loss] = pa.array(generator.random(n, dtype=np.float32) + 0.01) if known else pa.nulls(n, pa.float32())
+    columns |= statistics(n, layout, generator)
+    there = (t == layout.at) & (layout.width > 0)
+    offsets = np.concatenate([[0], np.cumsum(there * layout.width)]).astype(np.int32)
     flat = pa.array(generator.random(int(offsets[-1]), dtype=np.float32))
     columns["vector"] = pa.ListArray.from_arrays(pa.array(offsets), flat, mask=pa.array(~there))
     return pa.table(columns)
 
 
-def files(folder: pathlib.Path, n: int, shards: int = 4) -> Iterator[pathlib.Path]:
-    """Write every job's shards."""
-    generator = np.random.default_rng(0)
-    for shard in range(shards):
-        ids = [f"{i:032x}" for i in range(shard, n, shards)]
-        for job, blocks in BLOCKS.items():
-            parts = [rows(ids, name, layout, generator) for name, layout in blocks.items()]
-            table = pa.concat_tables(parts).sort_by([(c, "ascending") for c in evidence.KEY])
-            path = folder / f"{job}-{shard}.parquet"
-            pq.write_table(table, path, compression="zstd", row_group_size=65_536)
-            yield path
+def statistics(n: int, layout: Layout, generator: np.random.Generator) -> dict[str, pa.Array]:
+    """The columns `gram`, `norms` and `bands`, empty where an operand lacks."""
+    found = {}
+    wide = tables.bands(SHAPE[0])
+    names = {
+        "gram": tables.GRAM_NAMES,
+        "norms": tables.NORM_NAMES,
+        "bands": ("cond",) * (wide // 2) + ("null",) * (wide // 2),
+    }
+    for column, entries in names.items():
+        values = generator.random((n, len(entries))) + 1
+        if column == "gram":  # of vectors of length 1 that point apart
+            values = np.tile([1.0, 0.1, 0.1, 0.1, 1.0, 0.8, 0.8, 1.0, 0.9, 1.0], (n, 1)) + values / 100
+        empty = np.tile([bool(layout.lacks) and layout.lacks in entry for entry in entries], n)
+        size = len(entries)
+        full = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1), mask=empty), size)
+        found[column] = full if layout.statistics else pa.nulls(n, pa.list_(pa.float64(), size))
+    return found
 
 
-def child(folder: pathlib.Path, n: int) -> None:
-    """Score everything, print the table."""
-    start, cpu = time.perf_counter(), time.process_time()
-    names = [name for name, attack in attacks.REGISTRY.items() if attack.module]
-    found = evidence.read(sorted(folder.glob("*.parquet")), SHAPE, attacks.blocks(names))
-    generator = np.random.default_rng(1)
-    member = pl.Series(generator.random(n) < 0.5)
-    labels = pl.DataFrame({"sample_id": found.ids.tolist(), "group": found.ids.tolist(), "member": member})
-    known = labels.with_columns(pl.when(pl.arange(n) % 2 == 0).then("member").alias("member"))
-    calibration = Calibration.of(found.ids, known, ScoresOptions())
-    print(f"{'reading':22s} {time.perf_counter() - start:6.2f} s, CPU {time.process_time() - cpu:6.2f} s")
-    results: list[tuple] = []
-    for name in names:
-        before, cpu_before = time.perf_counter(), time.process_time()
-        scored = list(attacks.run(name, found, calibration))
-        results += scored
-        took, cpu_took = time.perf_counter() - before, time.process_time() - cpu_before
-        print(f"{name:22s} {took:6.2f} s, CPU {cpu_took:6.2f} s {len(scored):3d} variants", flush=True)
-    before = time.perf_counter()
-    table = scores.long_table(found, results).to_arrow().cast(tables.SCHEMAS["scores"])
-    tables.write(folder / "scores.parquet", table, "scores", {})
-    print(f"{'table':22s} {time.perf_counter() - before:6.2f} s, {len(table)} rows")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(
-        f"total {time.perf_counter() - start:.1f} s (limit 60), CPU {time.process_time() - cpu:.1f} s, "
-        f"peak {peak:.2f} GB (limit 2)"
-    )
+def write(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Every job's shards, and the dataset."""
+    generator, paths = np.random.default_rng(0), []
+    made = {"unet": "random", "encoders": "random", "seed": 0, "latent_shape": list(SHAPE)}
+    for shard in range(SHARDS):
+        ids = [f"{i:032x}" for i in range(shard, N, SHARDS)]
+        for job, blocks in layouts().items():
+            table = pa.concat_tables([rows(ids, name, layout, generator) for name, layout in blocks.items()])
+            paths.append(folder / f"{job}-{shard}.parquet")
+            tables.write(paths[-1], table.sort_by([(c, "ascending") for c in evidence.KEY]), "features", made)
+    ids = [f"{i:032x}" for i in range(N)]
+    dataset = pl.DataFrame(
+        {"sample_id": ids, "url": ids, "caption": ids, "sha256": ids, "member": generator.random(N) < 0.5, "group": ids,
+         "part": ["calibration" if i % 2 else "test" for i in range(N)], "weight": np.ones(N)}
+    )  # fmt: skip
+    tables.write(folder / "dataset.parquet", dataset.to_arrow().cast(tables.SCHEMAS["dataset"]), "dataset", {})
+    return paths
 
 
 def main() -> None:
-    """Write the features, then score them in a process of its own, whose memory is only its own."""
-    if len(sys.argv) > 1:
-        child(pathlib.Path(sys.argv[1]), int(sys.argv[2]))
-        return
-    import subprocess
-
-    n = 10_000
+    """Write the features, then score them by the command, in a process whose memory is only its own."""
+    names = [name for name in scores.ATTACKS if name not in classifiers.LEARNERS]
     with tempfile.TemporaryDirectory() as folder:
-        size = sum(path.stat().st_size for path in files(pathlib.Path(folder), n))
-        print(f"{n} images, {size / 2**30:.2f} GB of features", flush=True)
+        paths = write(pathlib.Path(folder))
+        print(f"{N} images, {sum(p.stat().st_size for p in paths) / 2**30:.2f} GB of features", flush=True)
+        words = [word for path in paths for word in ("--features", str(path))]
+        words += ["--dataset", f"{folder}/dataset.parquet", "--settings", ",".join(map(str, OPTIONS.settings))]
+        words += ["--attacks", ",".join(names), "--output", f"{folder}/scores.parquet"]
+        start = time.perf_counter()
         # One worker: two would share the fits, and their memory is not this process's.
-        subprocess.run([sys.executable, "-m", "benchmarks.attacks", folder, str(n)], check=True)
+        subprocess.run([sys.executable, "-m", "mia", "scores", *words], check=True)
+        took, used = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+        found = pl.read_parquet(f"{folder}/scores.parquet", columns=["attack", "variant"]).unique()
+    twins = sum(name.endswith("_null") and name not in names for name in found["attack"].unique())
+    print(f"{len(names)} attacks and {twins} twins, {len(found)} variants")
+    print(
+        f"{took:.1f} s (limit 60), CPU {used.ru_utime + used.ru_stime:.1f} s, "
+        f"peak {used.ru_maxrss / 2**20:.2f} GB (limit 2)"
+    )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import yaml
 
+from mia.attacks import REGISTRY
 from mia.errors import UserError
 
 SCHEMA = pathlib.Path(__file__).parent.parent / "workflow" / "schemas" / "config.schema.yaml"
@@ -215,7 +216,7 @@ class ScoresOptions:
     `standardize` scales features for logistic regression and the neural net; the paper does not (arXiv 2306.12983).
     """
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     attacks: tuple[str, ...] = ("loss_threshold", "random_forest")
     folds: int = 5
     standardize: bool = True
@@ -299,6 +300,7 @@ def checked(config: Any, where: str = "config.yaml") -> dict[str, Any]:
         raise _explained(error, where)
     _check_sources(config, where)
     _check_targets(config, where)
+    _check_draws(config, where)
     return config
 
 
@@ -395,6 +397,18 @@ def _check_targets(config: dict[str, Any], where: str) -> None:
         if extra:
             at = f"{where}: targets.{name}.settings"
             raise _wrong(at, f"setting {extra[0]} is not requested", "add it to features.settings")
+
+
+def _check_draws(config: dict[str, Any], where: str) -> None:
+    """No attack needs more draws of noise than are made."""
+    made = config["features"].get("draws", FeaturesOptions.draws)
+    asked = [config["scores"].get("attacks", ()), *(of.get("attacks", ()) for of in config["targets"].values())]
+    for name in itertools.chain(*asked):
+        if name in REGISTRY and REGISTRY[name].fewest_draws > made:
+            what = f"{made} is too few for {name}, whose image and crop have noises of their own"
+            raise _wrong(
+                f"{where}: features.draws", what, f"make it {REGISTRY[name].fewest_draws}, or leave {name} out"
+            )
 
 
 def refuse_out_of_range(stage: str, values: Mapping[str, Any]) -> None:

@@ -8,15 +8,18 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from mia import attacks, settings, walks
+from mia import attacks, resampling, settings, walks
 from mia.config import FeaturesOptions
 from mia.scored import CHOSEN
 from mia.summary import Results, Target, reported, tpr_key, wide
 
 # One call in units of a UNet row of Stable Diffusion 1.x, by counted FLOP. Source: `performance.md` A.
 DECODE, ENCODE = 2.51452 / 0.80327, 1.11666 / 0.80327
-CAPTION, CAPTION_SHIFT = "the caption", "the caption, which tells by itself"
-LEVEL = 0.05
+# What the pair of an attack and its twin says.
+CAPTION, CAPTION_SHIFT = "better with the caption", "better with the caption, which tells by itself"
+NO_GAIN, NO_TWIN = "no gain by the caption seen", "no twin: {}"
+NO_PROMPT = "the model knows no empty prompt"
+LEVEL = 0.05  # of all pairs together
 
 
 def lineup(results: Results) -> pl.DataFrame:
@@ -25,7 +28,8 @@ def lineup(results: Results) -> pl.DataFrame:
     Columns: attack; variant; access, labels (whether labelled samples are needed) and cost (in UNet rows for one image,
     alone, under this run's options, or at the attack's own defaults where they are not known); for AUC and each TPR
     `wide`'s columns; the same attack's TPR and AUC under the empty prompt (`null_`) and on each control (`<name>_`);
-    driven, what the attack's advantage over its twin is due to.
+    caption_gain, what an attack and its twin say of the caption's part, or why there is no twin; caption_gain_p, the
+    p-value of that gain, adjusted for the number of pairs.
     """
     main = _of(results.main, results)
     rows = main.filter(~pl.col("attack").is_in(set(attacks.TWINS)), pl.col("attack") != CHOSEN)
@@ -39,8 +43,12 @@ def lineup(results: Results) -> pl.DataFrame:
     for name, other in [("null", twins), *((control.name, _of(control, results)) for control in results.controls)]:
         chosen = other.select("attack", *(pl.col(key).alias(f"{name}_{key}") for key in keys))
         rows = rows.join(chosen, on="attack", how="left", maintain_order="left")
-    driven = [_driven(results, attack) for attack in rows["attack"]]
-    return rows.with_columns(pl.Series("driven", driven, pl.String)).sort("cost", "attack", nulls_last=True)
+    gains = _gains(results)
+    p = [gains.get(attack) for attack in rows["attack"]]
+    said = [_caption_gain(*about, results) for about in zip(rows["attack"], p, strict=True)]
+    return rows.with_columns(
+        pl.Series("caption_gain", said, pl.String), pl.Series("caption_gain_p", p, pl.Float64)
+    ).sort("cost", "attack", nulls_last=True)
 
 
 def _of(target: Target, results: Results) -> pl.DataFrame:
@@ -71,23 +79,34 @@ def _of_setting(name: str, loss: str, results: Results) -> float | None:
     return work.unet_rows + work.decodes * DECODE + ENCODE
 
 
-def _driven(results: Results, attack: str) -> str | None:
-    """What makes an attack better with the caption than without it, by a paired test on the test part.
+def _gains(results: Results) -> dict[str, float]:
+    """For each attack with a twin the one-sided p-value of its gain over it on the test part, by Holm's method for all.
+
+    DeLong's paired test of the AUCs.
+    """
+    scores = results.main.scores
+    assert scores is not None
+    chosen = dict(reported(results.main.metrics).select("attack", "variant").iter_rows())
+    test = results.datasets["attacked"].filter(pl.col("part") == "test").select("sample_id", "member", "group")
+    truth = test["member"].to_numpy(), test["group"].to_numpy()
+    p = {}
+    for attack, twin in attacks.pairs(scores["attack"].unique()):
+        with_caption, without = (_scores(scores, test, name, chosen[name]) for name in (attack, twin))
+        p[attack] = attacks.caption_driven((with_caption, without), *truth)[2]
+    return dict(zip(p, resampling.holm(np.array(list(p.values()))).tolist(), strict=True))
+
+
+def _caption_gain(attack: str, p: float | None, results: Results) -> str:
+    """What an attack and its twin say of the caption's part, or why there is no twin.
 
     The caption is part of what a model learns; but where a classifier that sees captions alone, and no model, already
     tells members, that advantage is not to be counted as membership.
     """
-    twin, scores = attack + attacks.TWIN, results.main.scores
-    if scores is None or twin not in attacks.TWINS or twin not in set(scores["attack"]):
-        return None
-    chosen = dict(reported(results.main.metrics).select("attack", "variant").iter_rows())
-    test = results.datasets["attacked"].filter(pl.col("part") == "test").select("sample_id", "member", "group")
-    pair = [_scores(scores, test, name, chosen[name]) for name in (attack, twin)]
-    better, _, _ = attacks.caption_driven(
-        (pair[0], pair[1]), test["member"].to_numpy(), test["group"].to_numpy(), LEVEL
-    )
-    if not better:
-        return None
+    if p is None:
+        known = attacks.REGISTRY.get(attack) or attacks.REGISTRY["loss_threshold"]  # of which each setting is one
+        return NO_TWIN.format(known.no_twin or NO_PROMPT)
+    if p > LEVEL:
+        return NO_GAIN
     blind = reported(results.audits["attacked"]).filter(pl.col("attack") == "blind_caption", pl.col("metric") == "auc")
     return CAPTION_SHIFT if len(blind) and (blind["ci_low"][0] or 0) > 0.5 else CAPTION
 

@@ -243,6 +243,18 @@ def paired_auc(one: np.ndarray, other: np.ndarray, member: np.ndarray, group: np
     return difference, float(norm.sf(difference / spread))
 
 
+def holm(p: np.ndarray) -> np.ndarray:
+    """p-values float64[k] adjusted for being k: that one true hypothesis is rejected has at most the level's chance.
+
+    The smallest counts k times, the next k - 1 times, and none less than those before it; holds however they depend on
+    each other (Holm 1979).
+    """
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1.0)
+    return adjusted
+
+
 def paired(one: np.ndarray, other: np.ndarray) -> float:
     """One-sided p-value of a metric being higher for `one`, from the same bootstrap resamples, float64[resamples]."""
     return float((1 + (one <= other).sum()) / (len(one) + 1))

@@ -21,17 +21,20 @@ log = logging.getLogger(__name__)
 
 def mean_losses(features: pl.DataFrame, numbers: Iterable[int]) -> pl.DataFrame:
     """Each loss averaged over draws: sample_id, setting (its name), timestep, loss, value; low = member."""
-    names = {settings.own_block(settings.setting(n)): settings.setting(n).name for n in numbers}
     present = [loss for loss in settings.LOSSES if features[loss].null_count() < len(features)]
-    rows = features.filter(pl.col("block").is_in(list(names))).sort("block", "timestep", "sample_id", "draw")
-    # In this order, on every machine: the forest draws among columns by their place.
-    mean = rows.group_by("sample_id", "block", "timestep", maintain_order=True).agg(
-        pl.col(present).cast(pl.Float64).mean()
+    names = {settings.own_block(settings.setting(n)): settings.setting(n).name for n in numbers}
+    # In this order, on every machine: the forest draws among columns by their place. By blocks, since each is copied.
+    means = (
+        _means(features.filter(pl.col("block") == block), present).with_columns(setting=pl.lit(names[block]))
+        for block in sorted(names)
     )
-    long = mean.unpivot(present, index=["sample_id", "block", "timestep"], variable_name="loss").drop_nulls("value")
-    return long.with_columns(pl.col("block").replace_strict(names, return_dtype=pl.String).alias("setting")).drop(
-        "block"
-    )
+    long = pl.concat(means).unpivot(present, index=["sample_id", "setting", "timestep"], variable_name="loss")
+    return long.drop_nulls("value")
+
+
+def _means(rows: pl.DataFrame, present: list[str]) -> pl.DataFrame:
+    kept = rows.sort("timestep", "sample_id", "draw").group_by("sample_id", "timestep", maintain_order=True)
+    return kept.agg(pl.col(present).cast(pl.Float64).mean())
 
 
 def loss_threshold(losses: pl.DataFrame) -> pl.DataFrame:
@@ -116,8 +119,9 @@ def _of_settings(
             raise UserError(
                 f"setting {number} was not extracted", "features", f"run `mia features --settings {number}`"
             )
-    if features.select(tables.key("features")).is_duplicated().any():
-        raise UserError("features hold a row twice", "features", "give each shard once")
+        rows = features.filter(pl.col("block") == settings.own_block(settings.setting(number)))
+        if rows.select("sample_id", "timestep", "draw").is_duplicated().any():
+            raise UserError("features hold a row twice", "features", "give each shard once")
     losses = mean_losses(features, numbers)
     out = []
     if "loss_threshold" in options.attacks:

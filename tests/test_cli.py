@@ -430,7 +430,7 @@ def test_scores_read_no_label_of_the_test_part(mia, stages):
         (("--attacks", ""), ("--attacks: [] should be non-empty",)),
         (("--attacks", "random_forest", "--folds", "50"), ("one class has 40 groups for 50 folds", "scores.folds")),
         (("--dataset", "absent.parquet"), ("dataset file does not exist", "absent.parquet")),
-        (("--features", "absent.parquet"), ("features file does not exist", "absent.parquet")),
+        (("--features", "absent.parquet"), ("file does not exist", "absent.parquet")),
     ],
 )
 def test_scores_refuses_in_one_line_and_writes_nothing(mia, stages, flags, words):
@@ -443,7 +443,7 @@ def test_scores_refuses_two_targets_and_a_shard_twice(mia, stages):
     other = tables.read(stages / "f1.parquet", "features")
     tables.write(stages / "f1.parquet", other, "features", {"unet": "another", "seed": 0})
     refused(mia(*scoring(stages)), "features differ in unet", "f1.parquet")
-    refused(mia(*scoring(stages, shards=(0, 0))), "features table has two rows with one key", "drop one of them")
+    refused(mia(*scoring(stages, shards=(0, 0))), "features hold a row twice", "give each shard once")
     assert not (stages / "s.parquet").exists()
 
 

@@ -130,6 +130,11 @@ def test_a_commit_to_be_filled_in_is_valid_and_spoken_of(capsys):
     ("wrong", "message"),
     [
         (
+            changed("features", "draws", to=1),
+            "config.yaml: features.draws: 1 is too few for pfami_copymark, whose image and crop have noises of their "
+            "own; make it 2, or leave pfami_copymark out",
+        ),
+        (
             changed("evaluation", "fpr_targets", to=[0.01, 1.4]),
             "config.yaml: evaluation.fpr_targets[1]: 1.4 is greater than 1; give a rate between 0 and 1",
         ),

@@ -100,7 +100,7 @@ def test_of_many_pictures_pang_and_wang_look_at_three():
 
 
 def test_what_was_not_run_costs_what_its_defaults_do():
-    """And under the default options every attack but FSCA, which has 64 pictures, costs what the registry says."""
+    """And under the default options every attack costs what the registry says."""
     usual = dataclasses.replace(
         RUN,
         **{
@@ -111,24 +111,21 @@ def test_what_was_not_run_costs_what_its_defaults_do():
     for name, attack in attacks.REGISTRY.items():
         assert passes.as_run(attack, {}).unet_rows == attack.unet_rows
         of_settings = attack.unet_rows is None
-        assert of_settings or passes.as_run(attack, walks.jobs(usual)) == attack or name in ("fsca", "fsca_model")
+        assert of_settings or passes.as_run(attack, walks.jobs(usual)) == attack, name
 
 
-def results(gain: float, caption_low: float | None) -> types.SimpleNamespace:
-    """200 test samples, an attack and its twin that tells members less by `gain`, and a caption baseline."""
-    generator, member = np.random.default_rng(0), np.arange(200) % 2 == 0
-    ids = [f"{i:032x}" for i in range(200)]
-    noise = generator.normal(size=200)
+def results(gains: dict[str, float], caption_low: float | None = 0.45) -> types.SimpleNamespace:
+    """400 test samples, attacks and their twins that tell members less by `gains`, and a caption baseline."""
+    generator, member = np.random.default_rng(0), np.arange(400) % 2 == 0
+    ids = [f"{i:032x}" for i in range(400)]
+    noise = generator.normal(size=400)
+    names = {name + suffix: shift for name, gain in gains.items()
+             for suffix, shift in (("", 1.0), (attacks.TWIN, 1.0 - gain))}  # fmt: skip
     scores = [
         pl.DataFrame({"sample_id": ids, "attack": name, "variant": "v", "score": member * shift + noise})
-        for name, shift in (("pia", 1.0), ("pia" + attacks.TWIN, 1.0 - gain))
+        for name, shift in names.items()
     ]
-    metrics = pl.DataFrame(
-        [
-            {"attack": name, "variant": "v", "method": "holdout", "part": "test"}
-            for name in ("pia", "pia" + attacks.TWIN)
-        ]
-    )
+    metrics = pl.DataFrame([{"attack": name, "variant": "v", "method": "holdout", "part": "test"} for name in names])
     blind = {"attack": "blind_caption", "method": "holdout", "part": "test", "metric": "auc", "ci_low": caption_low}
     dataset = pl.DataFrame({"sample_id": ids, "member": member, "group": ids, "part": "test"})
     main = types.SimpleNamespace(scores=pl.concat(scores), metrics=metrics)
@@ -136,11 +133,41 @@ def results(gain: float, caption_low: float | None) -> types.SimpleNamespace:
 
 
 def test_an_advantage_with_the_caption_is_put_down_to_it():
-    assert lineup._driven(results(0.9, 0.45), "pia") == lineup.CAPTION
-    assert lineup._driven(results(0.9, 0.55), "pia") == lineup.CAPTION_SHIFT
-    assert lineup._driven(results(0.0, 0.55), "pia") is None
-    assert lineup._driven(results(-0.9, 0.55), "pia") is None  # better without it
-    assert lineup._driven(results(0.9, 0.55), "sima") is None  # no twin was scored
+    def said(gain, caption_low):
+        found = results({"pia": gain}, caption_low)
+        return lineup._caption_gain("pia", lineup._gains(found)["pia"], found)
+
+    assert said(0.9, 0.45) == lineup.CAPTION
+    assert said(0.9, 0.55) == lineup.CAPTION_SHIFT
+    assert said(0.0, 0.55) == lineup.NO_GAIN
+    assert said(-0.9, 0.55) == lineup.NO_GAIN  # better without it
+
+
+def test_gains_are_held_to_a_level_for_all_pairs_together(monkeypatch):
+    """A gain with p = .01 is one where a single pair was tested, and none as the best of eight."""
+    paired = [name for name, attack in attacks.REGISTRY.items() if attack.paired][:8]
+
+    def said(names):
+        p = iter([0.01, *[0.3] * 7])
+        monkeypatch.setattr(attacks, "caption_driven", lambda *_: (True, 0.1, next(p)))
+        found = results(dict.fromkeys(names, 0.1))
+        gains = lineup._gains(found)
+        assert list(gains) == names
+        return [lineup._caption_gain(name, p, found) for name, p in gains.items()]
+
+    assert said(paired[:1]) == [lineup.CAPTION]
+    assert said(paired) == [lineup.NO_GAIN] * 8
+
+
+@pytest.mark.parametrize(
+    ("attack", "why"),
+    [("clid", attacks.OF_BOTH), ("memorisation", attacks.OF_BOTH), ("random_forest", attacks.OF_SETTINGS),
+     ("baseline_loss_threshold", attacks.OF_SETTINGS), ("gsa1", attacks.OF_GRADIENTS), ("pang", attacks.OF_PICTURES),
+     ("blind_pair", "no model enters it"), ("pia", lineup.NO_PROMPT)],
+)  # fmt: skip
+def test_where_there_is_no_twin_it_is_said_why(attack, why):
+    """A blank would pass for a caption that plays no part."""
+    assert lineup._caption_gain(attack, None, results({"sima": 0.0})) == f"no twin: {why}"
 
 
 def test_the_figure_of_costs_numbers_every_attack():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 
 import pytest
 from click.testing import CliRunner
@@ -81,21 +82,50 @@ def test_probes_are_the_same_in_the_registry_in_the_walks_and_in_what_errors_adv
     for name, blocks in attacks.PROBES.items():
         for block in blocks if name != "settings" else ():
             advised = evidence.command(block.replace("*", "1"))
-            assert advised == f"mia features --block {walks.job_of(name)} --probes {name}"
+            crop = " --crops 1" if name == "crops" else ""
+            assert advised == f"mia features --block {walks.job_of(name)} --probes {name}{crop}"
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["secmi", "secmi_nn", "secmi_copymark", "pia", "pian", "sima", "sima_mc", "loss", "noise_aggregation",
-     "frequency_low", "frequency_high", "memorisation", "gsa1", "gradient_masking", "noise_optimisation",
-     "rediffuse", "pang"],
-)  # fmt: skip
-def test_an_attacks_stated_cost_is_what_its_probe_alone_is_planned_to_cost(name):
-    stated, tens = attacks.REGISTRY[name], tuple(range(1, 1000, 100))
-    alone = FeaturesOptions(settings=(), probes=stated.probes, gradient_timesteps=tens)
-    work = passes.planned(alone)
-    rows = plan.plan(alone).total.unet_rows + work.counts.unet_rows
-    assert (rows, work.counts.decodes, work.backwards) == (stated.unet_rows, stated.decodes, stated.backwards)
+@pytest.mark.parametrize("name", [name for name, attack in attacks.REGISTRY.items() if attack.unet_rows is not None])
+@pytest.mark.parametrize("more", [{}, {"draws": 2, "crops": (70, 80, 90), "generations": 64, "variations": 4}])
+def test_an_attacks_stated_cost_is_what_is_planned_of_its_probes_where_it_reads_them(name, more, monkeypatch):
+    """At the registry's defaults and at a run's options; probes are cut to the timesteps and draws that it reads."""
+    attack = attacks.REGISTRY[name]
+    options = FeaturesOptions(settings=(), probes=attack.probes, **more)
+    stated = passes.as_run(attack, walks.jobs(options))
+    assert more or stated == attack
+    monkeypatch.setattr(walks, "GRID", read_of_grid(attack))
+    if name == "quantile_regression":
+        monkeypatch.setattr(walks, "CLEAN_TIMESTEPS", walks.CLEAN_TIMESTEPS[:1])  # of the latent alone
+    read = dataclasses.replace(
+        options,
+        draws=options.draws if attack.every_draw else 1,
+        crops=options.crops if attack.every_crop else options.crops[:1],
+        generations=min(options.generations, attack.pictures or options.generations),
+    )
+    work = passes.planned(read)
+    found = plan.plan(read, *work)
+    if name == "blind_pair":  # reads what the others' pictures are compared with
+        assert (stated.unet_rows, stated.decodes, stated.backwards) == (0, 0, 0)
+        return
+    assert (stated.unet_rows, stated.decodes) == (found.total.unet_rows, found.total.decodes)
+    assert (stated.backwards, stated.to_weights * stated.backwards) == (found.backwards, found.to_weights)
+    assert stated.encodes == found.encodes - (attack.access == "black")  # which asks with the image itself
+
+
+def read_of_grid(attack: attacks.Attack) -> tuple[int, ...]:
+    """The timesteps of the noised grid that an attack reads: those of its options, the crops', or all."""
+    if "crops" in attack.probes:
+        return walks.CROP_TIMESTEPS
+    options = importlib.import_module(f"mia.attacks.{attack.module}").Options(**attack.options)
+    return getattr(options, "timesteps", ()) or walks.GRID
+
+
+def test_the_pictures_that_an_attack_looks_at_are_its_modules():
+    for attack in attacks.REGISTRY.values():
+        if attack.module:
+            options = importlib.import_module(f"mia.attacks.{attack.module}").Options(**attack.options)
+            assert attack.pictures == getattr(options, "images", 0), attack.name
 
 
 @pytest.mark.parametrize("name", [name for name, attack in attacks.REGISTRY.items() if attack.every_draw])
@@ -139,8 +169,12 @@ def test_a_setting_that_walks_nothing_is_refused():
         plan.plan(dataclasses.replace(GREY, probes=("piano",)))
 
 
-def test_ten_thousand_images_write_about_150_mb():
-    assert 10_000 * plan.plan(ALL).values == 10_000 * (250 + 50) * 5 * 3 * 4 - 10_000 * 5 * 5 * 3 * 4 * 0 - 0
+def test_ten_thousand_images_write_150_mb():
+    """The published settings walk 250 timesteps; each holds 3 losses of 4 bytes for each of 5 draws."""
+    published = dataclasses.replace(ALL, settings=tuple(n for n in ALL.settings if n != 17))
+    assert 10_000 * plan.plan(published).values == 150_000_000
+    assert 10_000 * plan.plan(ALL).values == 180_000_000  # setting 17 has 50 timesteps more
+    assert plan.plan(GREY).values == (259 // 2) * 30 * 8  # of a probe's reading 30 sums, both texts in one row
 
 
 def told(*words: str) -> tuple[int, str]:

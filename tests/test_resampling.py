@@ -286,3 +286,16 @@ def test_intervals_hold_the_truth_93_to_97_times_in_100(n, target, resamples):
     assert 0.95 <= exact <= 0.97
     name = "exact at a frozen threshold"
     assert abs(counts[name] - SIMULATIONS * exact) <= 3 * np.sqrt(SIMULATIONS * exact * (1 - exact)), shares
+
+
+def test_holms_adjustment_by_hand():
+    """Four p-values: the smallest times 4, the next times 3, ..., none below the one before it, none above 1."""
+    assert resampling.holm(np.array([0.04, 0.01, 0.03, 0.005])) == pytest.approx([0.06, 0.03, 0.06, 0.02])
+    assert resampling.holm(np.array([0.9, 0.8])).tolist() == [1.0, 1.0]
+    assert resampling.holm(np.array([0.03])).tolist() == [0.03] and len(resampling.holm(np.empty(0))) == 0
+
+
+def test_holm_keeps_the_chance_of_any_false_alarm():
+    drawn = np.random.default_rng(0).uniform(size=(4000, 18))
+    alarms = np.mean([(resampling.holm(p) <= 0.05).any() for p in drawn])
+    assert abs(alarms - 0.05) < 0.012 and ((drawn <= 0.05).any(axis=1)).mean() > 0.5

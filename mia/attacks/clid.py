@@ -5,7 +5,7 @@ for three reduced captions and the empty prompt. Threshold form: (1 - alpha) S(L
 member, so s is minus that; S = (x - median) / (third - first quartile). Vector form: boosted trees on (L(c), D_1, ...,
 D_4). `clid_null` has the empty prompt alone.
 
-S and alpha (of 0, .1, ..., 1, by AUC) are the authors' shadow model's; here the calibration part's, alpha out of fold
+S and alpha (of 0, .1, ..., 1, by AUC) are the authors' shadow model's; here the calibration part's, both out of fold
 for its own rows. Their trees are XGBoost's: 20, depth 3, rate .3, subsample and columns .7, and gamma .7, which
 scikit-learn's do not have. Official t: 440, 450, 460. Confounder: every D is the effect of the caption, and captions of
 the two sides differ.
@@ -37,12 +37,12 @@ class Options:
 def scores(evidence: Evidence, options: Options, calibration: Calibration) -> dict[str, np.ndarray]:
     """The threshold form's score, or the probability of a member by the trees, as variant `<form>`."""
     calibration.check(options.name)
+    evidence.need_null("noised", options.name)
     loss, rises = losses(evidence, options)
     if options.form == "vector":
         x = np.column_stack([loss, rises])
         return {"vector": calibration.classified(options.name, x, trees)}
-    parts = np.stack([scaled(loss, calibration.known), scaled(-rises.mean(axis=1), calibration.known)])
-    fit = _Alpha(parts, calibration.member, options.alphas)
+    fit = _Alpha(np.stack([loss, -rises.mean(axis=1)]), calibration.member, options.alphas)
     return {"threshold": calibration.out_of_fold(options.name, fit)}
 
 
@@ -58,9 +58,9 @@ def losses(evidence: Evidence, options: Options) -> tuple[np.ndarray, np.ndarray
     return loss, np.stack([other - loss for other in others], axis=1)
 
 
-def scaled(x: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """`x` by the median and quartiles of its calibration rows; labels are not read."""
-    low, median, high = np.quantile(x[known], [0.25, 0.5, 0.75])
+def scaled(x: np.ndarray, train: np.ndarray) -> np.ndarray:
+    """`x` by the median and quartiles of its rows `train`."""
+    low, median, high = np.quantile(x[train], [0.25, 0.5, 0.75])
     return (x - median) / (high - low if high > low else 1.0)
 
 
@@ -75,14 +75,15 @@ def trees(seed: int) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Alpha:
-    """Chooses alpha by AUC on the rows given, the first of equals."""
+    """Scales both parts, and chooses alpha by AUC, on the rows given; the first of equals."""
 
     parts: np.ndarray
     member: np.ndarray
     alphas: tuple[float, ...]
 
     def __call__(self, train: np.ndarray) -> Predictor:
-        mixed = [-((1 - a) * self.parts[0] + a * self.parts[1]) for a in self.alphas]
+        loss, fall = (scaled(part, train) for part in self.parts)
+        mixed = [-((1 - a) * loss + a * fall) for a in self.alphas]
         aucs = [metrics.auc(score[train], self.member[train]) for score in mixed]
         best = mixed[int(np.argmax(aucs))]
         return lambda rows: best[rows]

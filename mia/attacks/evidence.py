@@ -79,6 +79,11 @@ class Evidence:
         if not self.has(block):
             raise UserError(f"block '{block}' was not extracted", "features", f"run `{command(block)}`")
 
+    def need_null(self, block: str, attack: str) -> None:
+        """Nothing, or the error that says that this attack cannot be had of a model without an empty prompt."""
+        if not self.known(block, "null"):
+            raise UserError("no prediction under the empty prompt", f"block '{block}'", f"leave {attack} out")
+
     def timesteps(self, block: str) -> tuple[int, ...]:
         """The block's timesteps, ascending: the second axis of its arrays."""
         return self._place(block)[1]
@@ -223,7 +228,8 @@ def command(block: str) -> str:
         return f"mia features --settings {int(block.removeprefix('setting-'))}"
     start = max((s for s in SOURCES if block.startswith(s)), key=len, default="")
     job, probe = SOURCES.get(start, (block, block))
-    return f"mia features --block {job} --probes {probe}"
+    crop = f" --crops {block.removeprefix('crop-')}" if start == "crop" else ""
+    return f"mia features --block {job} --probes {probe}{crop}"
 
 
 def read(paths: Iterable[object], shape: Sequence[int], blocks: Iterable[str] | None = None) -> Evidence:

@@ -12,7 +12,6 @@ import dataclasses
 import numpy as np
 
 from mia.attacks.evidence import Evidence
-from mia.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +25,8 @@ class Options:
 
 def scores(evidence: Evidence, options: Options) -> dict[str, np.ndarray]:
     """The norm, `norm@<t>` for each timestep and `mean`."""
+    evidence.need_null(options.block, "memorisation")
     steps = options.timesteps or evidence.known(options.block, "null")
-    if not steps:
-        raise UserError("no prediction under the empty prompt", f"block '{options.block}'", "leave memorisation out")
     norm = np.sqrt(evidence.distance(options.block, "cond", "null", steps)).mean(axis=2)
     evidence.at(options.block, options.mean_over)
     of = dict(zip(steps, norm.T, strict=True))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import click
 import polars as pl
+import pyarrow.compute as pc
 
 from mia import tables, walks
 from mia.cli import common
@@ -25,26 +27,41 @@ from mia.errors import UserError
 @stage_options("scores")
 def scores(features: Any, dataset: Any, settings: Any, seed: int, workers: int, output: Any, options: Any) -> None:
     """Turn stored features into attack scores, high = member."""
-    from mia import attacks
-    from mia import scores as stage
-    from mia.attacks import evidence
-
     files = list(features)
-    blocks = attacks.blocks(name for name in options.attacks if name not in stage.OF_SETTINGS)
-    columns = ("sample_id", "block", "timestep", "draw", "model_loss", "latent_error", "pixel_error")
-    needed = bool(set(options.attacks) & set(stage.OF_SETTINGS))
-    rows = pl.from_arrow(tables.read(files, "features", columns=columns)) if needed else pl.DataFrame()
     model = _one_target(files)
-    others = evidence.read(files, _latent_shape(model, files[0]), blocks) if blocks else None
-    labels = pl.from_arrow(tables.read(dataset, "dataset", columns=("sample_id", "group", "part", "member")))
-    assert isinstance(rows, pl.DataFrame) and isinstance(labels, pl.DataFrame)
-    known = labels.with_columns(pl.when(pl.col("part") == "calibration").then("member").alias("member"))
-    found = stage.attack_scores(rows, known.drop("part"), settings, options, seed, workers, others)
+    found = _scored(files, model, dataset, settings, seed, workers, options)
+    table = found.to_arrow().cast(common.plain(tables.SCHEMAS["scores"]))
+    del found
     made = common.made_by(
         "scores", options, seed, [*features, dataset], settings=settings, unet=model["unet"],
         encoders=model["encoders"], libraries=("scikit-learn", "polars"),
     )  # fmt: skip
-    tables.write(output, found.to_arrow().cast(common.plain(tables.SCHEMAS["scores"])), "scores", made)
+    tables.write(output, table, "scores", made)
+
+
+def _scored(
+    files: list, model: dict, dataset: Any, settings: Any, seed: int, workers: int, options: Any
+) -> pl.DataFrame:
+    """The scores. A function of its own, so that what was read is gone from memory when they are sorted and written."""
+    from mia import attacks
+    from mia import scores as stage
+    from mia.attacks import evidence
+
+    blocks = attacks.blocks(name for name in options.attacks if name not in stage.OF_SETTINGS)
+    needed = bool(set(options.attacks) & set(stage.OF_SETTINGS))
+    rows = settings_losses(files) if needed else pl.DataFrame()
+    others = evidence.read(files, _latent_shape(model, files[0]), blocks) if blocks else None
+    labels = pl.DataFrame(pl.from_arrow(tables.read(dataset, "dataset", ("sample_id", "group", "part", "member"))))
+    known = labels.with_columns(pl.when(pl.col("part") == "calibration").then("member").alias("member"))
+    return stage.attack_scores(rows, known.drop("part"), settings, options, seed, workers, others)
+
+
+def settings_losses(paths: Iterable[object]) -> pl.DataFrame:
+    """The losses of the settings' blocks in features files, file by file: other blocks hold more rows than these."""
+    columns = ("sample_id", "block", "timestep", "draw", "model_loss", "latent_error", "pixel_error")
+    parts = (tables.read(path, "features", columns=columns) for path in paths)
+    kept = (part.filter(pc.starts_with(part["block"], "setting-")) for part in parts)
+    return pl.concat([pl.DataFrame(pl.from_arrow(part)) for part in kept], how="vertical_relaxed")
 
 
 # What files of one target may differ in: parts of the work, and a limit that changes no result.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -54,24 +53,37 @@ def as_run(attack: Attack, jobs: Mapping[str, FeaturesOptions], has_null: bool =
 
     As it is where its job was not among them, or where none of their options changes what it costs.
     """
-    if attack.unet_rows is None:  # reads all settings
-        each = (dataclasses.replace(job, probes=()) for job in jobs.values() if job.settings)
-        whole = sum((walks.planned(job, has_null) for job in each), Counts())
-        return dataclasses.replace(attack, unet_rows=whole.unet_rows or None, decodes=whole.decodes)
-    probe = attack.probes[0]
-    job = jobs.get(walks.job_of(probe)) if attack.unet_rows else None
-    if job is None or not (attack.every_draw or probe in walks.PASSES):
+    if attack.unet_rows is None:
+        return _of_settings(attack, jobs, has_null)
+    jobs_of = {probe: jobs[walks.job_of(probe)] for probe in attack.probes if walks.job_of(probe) in jobs}
+    if attack.every_draw and "noised" in jobs_of:
+        return _grown(attack, jobs_of["noised"].draws, FeaturesOptions().draws)
+    if attack.every_crop and "crops" in jobs_of:
+        looked_at = 1 + len(jobs_of["crops"].crops)  # the image and its crops
+        return dataclasses.replace(_grown(attack, looked_at, attack.encodes), encodes=looked_at)
+    job = jobs_of.get(attack.probes[0])
+    if job is None or attack.probes[0] not in walks.PASSES or not attack.unet_rows:
         return attack
-    if attack.every_draw:
-        rows = (attack.unet_rows or 0) * job.draws // FeaturesOptions().draws
-        return dataclasses.replace(attack, unet_rows=rows)
-    looked_at = getattr(importlib.import_module(f"mia.attacks.{attack.module}").Options, "images", job.generations)
-    own = dataclasses.replace(job, probes=attack.probes, generations=min(job.generations, looked_at))
-    work = planned(own, has_null)
+    pictures = min(job.generations, attack.pictures or job.generations)
+    work = planned(dataclasses.replace(job, probes=attack.probes, generations=pictures), has_null)
     return dataclasses.replace(
         attack, unet_rows=work.counts.unet_rows, decodes=work.counts.decodes, backwards=work.backwards,
         encodes=work.encodes or attack.encodes,
     )  # fmt: skip
+
+
+def _grown(attack: Attack, times: int, usual: int) -> Attack:
+    """With rows in proportion to how many draws or pictures there are instead of the usual number."""
+    return dataclasses.replace(attack, unet_rows=(attack.unet_rows or 0) * times // usual)
+
+
+def _of_settings(attack: Attack, jobs: Mapping[str, FeaturesOptions], has_null: bool) -> Attack:
+    """What all the settings that were read cost; unknown where none was."""
+    each = [dataclasses.replace(job, probes=()) for job in jobs.values() if job.settings]
+    if not each:
+        return attack
+    whole = sum((walks.planned(job, has_null) for job in each), Counts())
+    return dataclasses.replace(attack, unet_rows=whole.unet_rows, decodes=whole.decodes)
 
 
 def _asked(options: FeaturesOptions) -> dict[str, int]:

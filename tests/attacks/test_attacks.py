@@ -10,8 +10,8 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from mia import attacks, classifiers, scores, tables
-from mia.attacks import clid, loss, pang, quantile, secmi_nn
+from mia import attacks, classifiers, rng, scores, tables
+from mia.attacks import clid, loss, pang, pfami, quantile, secmi_nn
 from mia.attacks.calibration import Calibration
 from mia.attacks.evidence import Evidence
 from mia.config import ScoresOptions
@@ -146,6 +146,8 @@ STATISTIC = statistic_row(
     "a", "noised", 101, null_null=5.0, null_cond=5.0, eps_null=6.0, cond_l4=3.0, cond_eps_l1=1.0, cond_eps_l4=4.0,
     cond_eps_l5=5.0, null_l4=2.0, null_eps_l1=0.5, null_eps_l4=0.25, null_eps_l5=0.125, bands=[3.0, 1.0, 5.0, 3.0],
 )  # fmt: skip
+OWN = STATISTIC | {"draw": 1}  # with noise of its own
+SHARED = statistic_row("a", "noised", 101, cond_cond=100.0, null_null=100.0, null_cond=5.0, eps_null=6.0)
 CROP = statistic_row("a", "crop-82", 101, eps_cond=4.0, eps_null=2.0, null_null=4.0)  # 9 - 8 + 8 = 9; 4 - 4 + 8 = 8
 
 
@@ -169,9 +171,9 @@ def at(block, t):
          {"denoising_loss l2@101": -(3**0.5), "denoising_loss_null l2@101": -1}),
         ("pfami", [STATISTIC, CROP],
          {"pfami mean": 2, "pfami rise@101": 2, "pfami_null mean": 7, "pfami_null rise@101": 7}),
-        ("pfami_clid", [STATISTIC, CROP], {"pfami_clid mean": 6 / 4, "pfami_clid_null mean": 7 / 4}),
-        ("pfami_sima", [STATISTIC, CROP], {"pfami_sima mean": 36 / 16, "pfami_sima_null mean": 49 / 16}),
-        ("pfami_copymark", [STATISTIC, CROP],
+        ("pfami_clid", [SHARED, OWN, CROP], {"pfami_clid mean": 6 / 4, "pfami_clid_null mean": 7 / 4}),
+        ("pfami_sima", [SHARED, OWN, CROP], {"pfami_sima mean": 36 / 16, "pfami_sima_null mean": 49 / 16}),
+        ("pfami_copymark", [SHARED, OWN, CROP],
          {"pfami_copymark sum": 6 / (3 + 1e-6), "pfami_copymark_null sum": 7 / (1 + 1e-6)}),
         ("frequency_low", [STATISTIC], {"frequency_low low@101": -1 / 4, "frequency_low_null low@101": -3 / 4}),
         ("frequency_high", [STATISTIC], {"frequency_high high@101": -2 / 4, "frequency_high_null high@101": -2 / 4}),
@@ -202,9 +204,65 @@ def test_clid_by_hand():
     x = np.array([0.0, 1.0, 2.0, 4.0])
     assert clid.scaled(x, np.ones(4, bool)) == pytest.approx((x - 1.5) / 1.75)
     assert clid.scaled(np.array([3.0, 3.0, 5.0]), np.array([True, True, False])) == pytest.approx([0, 0, 2])
-    parts = np.stack([[0.0, 1.0, 2.0, 3.0], [3.0, 0.0, 1.0, 2.0]])
-    fit = clid._Alpha(parts, np.array([True, True, False, False]), (0.0, 0.5, 1.0))
-    assert fit(np.arange(4))(np.array([1, 3])).tolist() == [-1.0, -3.0]  # alpha 0 orders them all
+    parts = np.stack([[0.0, 1.0, 2.0, 3.0, 9.0], [3.0, 0.0, 1.0, 2.0, 9.0]])
+    fit = clid._Alpha(parts, np.array([True, True, False, False, True]), (0.0, 0.5, 1.0))
+    predictor = fit(np.arange(4))  # alpha 0 orders them all; median 1.5 and quartiles .75 and 2.25 of these four alone
+    assert predictor(np.array([1, 3, 4])) == pytest.approx([1 / 3, -1, -5])
+
+
+def test_nothing_of_a_row_that_clid_scores_out_of_fold_is_fitted_on_it():
+    """Where one calibration row goes to, no other row of its fold follows."""
+    generator, n = np.random.default_rng(0), 60
+    parts, member = generator.normal(size=(2, n)), np.arange(n) % 2 == 0
+    moved = parts.copy()
+    moved[:, 7] = 1e6
+    calibration = calibration_of(member, np.ones(n, bool))
+    before, after = (calibration.out_of_fold("clid", clid._Alpha(p, member, (0.0, 1.0))) for p in (parts, moved))
+    [fold] = [
+        test for _, test in rng.folds(3, member, calibration.group, calibration.seed, "scores.folds") if 7 in test
+    ]
+    others = fold[fold != 7]
+    np.testing.assert_array_equal(before[others], after[others])
+    assert before[7] != after[7]
+
+
+def test_the_ports_of_pfami_need_a_second_draw():
+    """With one they would be the paired statistic under another's name."""
+    for name in ("pfami_copymark", "pfami_clid", "pfami_sima"):
+        assert attacks.REGISTRY[name].fewest_draws == 2
+        with pytest.raises(UserError, match="one draw was made, block 'noised', .*--draws 2.*pfami"):
+            list(attacks.run(name, on_two(STATISTIC, CROP)))
+    assert attacks.REGISTRY["pfami"].fewest_draws == 1
+
+
+def crop(percent, error):
+    """|cond - eps|^2 = 9 - 2 x 4 + 8 + what is added; under the empty prompt the same."""
+    grown = 9.0 + error
+    return statistic_row("a", f"crop-{percent}", 101, cond_cond=grown, eps_cond=4.0, null_null=grown, eps_null=4.0)
+
+
+def test_pfami_reads_the_crop_nearest_to_the_papers_and_copymarks_port_all():
+    """The original's error is 3, those of the crops 9, 12 and 18, mean 13."""
+    rows = (SHARED, OWN, crop(70, 0), crop(85, 3), crop(95, 9))
+    found = {name: {(a, v): s[0] for a, v, s in attacks.run(name, on_two(*rows))}
+             for name in ("pfami_clid", "pfami_copymark")}  # fmt: skip
+    assert found["pfami_clid"]["pfami_clid", "mean"] == pytest.approx((12 - 3) / 4)
+    assert found["pfami_copymark"]["pfami_copymark", "sum"] == pytest.approx((13 - 3) / (3 + 1e-6))
+    equal = on_two(STATISTIC, crop(80, 0), crop(84, 3))
+    assert pfami.crops(equal, 82) == [84] and pfami.crops(equal, 0) == [80, 84]
+
+
+@pytest.mark.parametrize("name", ["clid", "clid_vector", "clid_null", "memorisation"])
+def test_without_an_empty_prompt_it_is_said_that_an_attack_cannot_be_had(name):
+    """Advice to extract what no extraction would bring would lead round in a circle."""
+    rows = [
+        statistic_row(i, block, t)
+        for i in WORLD.ids
+        for block, steps in (("noised", (1, 441, 451, 461)), ("prompt-1", (441, 451, 461)))
+        for t in steps
+    ]
+    with pytest.raises(UserError, match=f"no prediction under the empty prompt, block 'noised', leave {name} out"):
+        list(attacks.run(name, Evidence([arrow(rows)], WORLD.shape), CALIBRATION))
 
 
 def test_a_map_is_averaged_over_blocks():

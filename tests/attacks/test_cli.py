@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 
 import numpy as np
@@ -77,7 +78,7 @@ def test_files_become_scores(mia, folder):
     ("names", "files", "said"),
     [
         ("pfami", ("clean.parquet", "noised.parquet"),
-         "block 'crop-82' was not extracted, features, run `mia features --block crops --probes crops`"),
+         "block 'crop-82' was not extracted, features, run `mia features --block crops --probes crops --crops 82`"),
         ("loss", ("clean.parquet",), "block 'noised' was not extracted"),
         ("secm", ("clean.parquet",), "unknown value 'secm'; use 'secmi' or 'secmi_nn' or 'sima'"),
         ("loss_threshold", ("clean.parquet",), "setting 18 was not extracted"),
@@ -159,8 +160,27 @@ def test_a_job_that_does_not_look_at_an_option_goes_with_any_value_of_it(mia, fo
 def test_the_list_is_aligned_and_whole(mia):
     code, out, err = mia("list-attacks")
     lines = out.splitlines()
-    assert (code, err) == (0, "") and len(lines) == 1 + len(attacks.REGISTRY)
+    assert (code, err) == (0, "") and len(lines) == 1 + len(attacks.REGISTRY) + 1
     at = lines[0].index("access")
-    for line, attack in zip(lines[1:], attacks.REGISTRY.values(), strict=True):
+    assert "5 draws, crops of 82 %, 10 variations, 3 generations (FSCA's authors: 64) of 50 steps" in lines[-1]
+    for line, attack in zip(lines[1:-1], attacks.REGISTRY.values(), strict=True):
         assert line.split()[0].removesuffix("[_null]") == attack.name
         assert line[at:].split()[0] == attack.access and attack.paper in line
+
+
+def costs(text, name):
+    """Rows, decodes and encodes that the list prints."""
+    return next([int(n) for n in re.findall(r" (\d+)(?= )", line)[:3]] for line in text.splitlines() if name in line)
+
+
+def test_the_list_and_the_plan_agree_at_the_same_options(mia):
+    more = ("--generations", 64, "--crops", "70,82,95")
+    listed = mia("list-attacks", *more)[1]
+    assert costs(mia("list-attacks")[1], "fsca ") == [300, 3, 0]
+    assert costs(listed, "fsca ") == [6400, 64, 0] and costs(listed, "pang ") == [300, 3, 0]
+    assert costs(listed, "pfami_copymark") == [32, 0, 4] and costs(listed, "pfami_clid") == [16, 0, 2]
+    planned = mia("plan", "--settings", "none", "--attacks", "fsca", *more)[1]
+    assert re.search(r"for one image +6400 +6400 +64 +64$", planned, re.MULTILINE)
+    planned = mia("plan", "--settings", "none", "--attacks", "pfami", *more)[1]
+    assert "encodes 4" in planned and re.search(r"crops: crops +24 ", planned)
+    assert mia("list-attacks", "--crops", "100")[2].startswith("error: --crops[0]: 100 is greater than 99")

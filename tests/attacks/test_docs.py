@@ -38,7 +38,9 @@ def test_a_card_is_complete(name):
     assert all(field(CARD[name], part) for part in FIELDS)
     assert "= member" in field(CARD[name], "Score")  # its orientation
     first = CARD[name].partition("- *Score")[0]
-    assert attacks.REGISTRY[name].paired == ("paired" in first)
+    attack = attacks.REGISTRY[name]
+    assert attack.paired == bool(re.search(r"\bpaired\b", first))
+    assert attack.paired or f"no twin: {attack.no_twin}" in " ".join(first.split())
 
 
 @pytest.mark.parametrize("name", [name for name, attack in attacks.REGISTRY.items() if attack.unet_rows is not None])

@@ -103,14 +103,14 @@ def area(score, member):
 
 
 def clid_by_threshold(cut):
-    def robust(x):
-        low, middle, high = np.percentile(x[KNOWN], [25, 50, 75])
-        return (x - middle) / (high - low)
-
     loss, rises = clid_losses(cut)
-    first, second = robust(loss), robust(-np.mean(rises, axis=1))
 
     def fit(train):
+        def robust(x):
+            low, middle, high = np.percentile(x[train], [25, 50, 75])
+            return (x - middle) / (high - low)
+
+        first, second = robust(loss), robust(-np.mean(rises, axis=1))
         best, score = -1.0, None
         for tenth in range(11):
             mixed = -((1 - tenth / 10) * first + tenth / 10 * second)
