@@ -119,8 +119,8 @@ class SanitizeOptions:
     method: str = "matched"
     views: tuple[str, ...] = ("caption", "image", "metadata")
     folds: int = 5
-    max_rounds: int = 15
-    step: float = 0.3
+    max_rounds: int = 20
+    step: float = 0.2
     min_keep: float = 0.75
     caliper: float = 0.25
     chunk: int = 40_000
