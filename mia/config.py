@@ -299,6 +299,7 @@ def checked(config: Any, where: str = "config.yaml") -> dict[str, Any]:
     for error in sorted(_validator().iter_errors(config), key=lambda e: (len(e.absolute_path), str(e.absolute_path))):
         raise _explained(error, where)
     _check_sources(config, where)
+    _check_references(config, where)
     _check_targets(config, where)
     _check_draws(config, where)
     return config
@@ -378,6 +379,17 @@ def _check_sources(config: dict[str, Any], where: str) -> None:
             if "select" not in config and (named or _NOT_PARQUET.fullmatch(file)):
                 what = "has columns of its own" if named else f"'{file}' is no local Parquet file"
                 raise _wrong(at, what, "add the section `select`, if only as `select: {}`: it reads such sources")
+
+
+def _check_references(config: dict[str, Any], where: str) -> None:
+    """Arrays do not tell which model made them, and another model's vectors of the same width would pass unnoticed."""
+    section, ours = config["neighbours"], config["embeddings"]["model"]
+    arrays = [file for file in section.get("references", []) if file.endswith(".npy")]
+    theirs = section.get("reference_model", "")
+    if arrays and theirs != ours:
+        what = f"'{theirs}' is not embeddings.model, '{ours}'" if theirs else f"not said for {arrays[0]}"
+        fix = "name the encoder that made the references, LAION's by tag:ViT-L-14/openai, and embed with the same"
+        raise _wrong(f"{where}: neighbours.reference_model", what, fix)
 
 
 def _check_targets(config: dict[str, Any], where: str) -> None:

@@ -51,6 +51,8 @@ REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 TRANSIENT = frozenset({"timeout", "connection", "dns", "http_5xx"})
 _PASSING = frozenset({408, 425, 429})  # too slow, too early, too many: of the 4xx, those that invite another attempt
+MALFORMED_HOST, UNTRUSTED = "malformed host name", "no trusted TLS connection"
+_LASTING = frozenset({MALFORMED_HOST, UNTRUSTED})  # details that last, though others of their status may pass
 
 _HOST = re.compile(r"[a-zA-Z0-9._:%-]+")  # as yarl leaves it: lower case, international names encoded
 # What the library takes for public: Oracle's metadata service and its kin in the IETF protocol block, Azure's host
@@ -92,7 +94,7 @@ class Pace:
 
 def is_final(status: str, detail: str) -> bool:
     """Whether a later run would find the same, as far as anyone can tell: only other causes are worth another try."""
-    return status not in TRANSIENT and detail not in {f"HTTP {code}" for code in _PASSING}
+    return detail in _LASTING or (status not in TRANSIENT and detail not in {f"HTTP {code}" for code in _PASSING})
 
 
 async def fetch_all(
@@ -293,7 +295,7 @@ def _causes_told_apart() -> Iterator[None]:
     except aiohttp.InvalidURL as problem:
         raise ImageError("refused", "malformed URL") from problem
     except aiohttp.ClientSSLError as problem:
-        raise ImageError("connection", "no trusted TLS connection") from problem
+        raise ImageError("connection", UNTRUSTED) from problem
     except aiohttp.ClientConnectorError as problem:
         if problem.errno in (errno.EMFILE, errno.ENFILE):
             raise UserError("too many open files", "", "lower the concurrency or raise `ulimit -n`") from problem
@@ -374,7 +376,7 @@ class _GuardedResolver(AbstractResolver):
         except socket.gaierror as problem:
             raise _TransientError("dns", problem.strerror or "no such host") from problem
         except ValueError as problem:  # a label too long, empty, or with a null in it
-            raise ImageError("dns", "malformed host name") from problem
+            raise ImageError("dns", MALFORMED_HOST) from problem
         if not found:
             raise _TransientError("dns", "no usable address")
         for result in found:

@@ -22,7 +22,7 @@ import pyarrow as pa
 from mia import tables
 from mia.config import ImagesOptions
 from mia.errors import UserError
-from mia.fetching import Pace, Row, fetch_all, is_final
+from mia.fetching import MALFORMED_HOST, Pace, Row, fetch_all, is_final
 
 logger = logging.getLogger(__name__)
 
@@ -170,9 +170,17 @@ def _batches(ids: list[str], rows: list[Row], store: _Spool) -> Iterator[pa.Reco
 
 
 def _refuse_if_cut_off(rows: list[Row]) -> None:
-    """Links die one by one. When no host can be reached at all it is this machine, and links would be blamed for it."""
-    asked = [row for row in rows if row["status"] not in ("refused", "blocked_address", "not_found")]  # no host answers
+    """Links die one by one. When no host can be reached at all it is this machine, and links would be blamed for it.
+
+    Rows for which no host had its say, tried or not, tell nothing of that.
+    """
+    asked = [row for row in rows if row != _UNFINISHED and not _needs_no_host(row)]
     causes = {row["status"] for row in asked}
     if len(asked) >= FEW and causes <= {"dns", "connection", "timeout"}:
         what = f"none of {len(asked)} images could be fetched ({', '.join(sorted(causes))}): the network is down"
-        raise UserError(what, asked[0]["detail"], "mend the connection, name lookup or firewall, or allow more time")
+        fix = "mend the connection, name lookup, certificates or firewall, or allow more time"
+        raise UserError(what, asked[0]["detail"], fix)
+
+
+def _needs_no_host(row: Row) -> bool:
+    return row["status"] in ("refused", "blocked_address", "not_found") or row["detail"] == MALFORMED_HOST

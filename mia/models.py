@@ -361,8 +361,8 @@ def encoder(model: str, on: torch.device) -> tuple[Any, Any, Any, str]:
     Args:
         model: `local-dir:FOLDER`, `hf-hub:NAME`, or `tag:ARCHITECTURE/TAG`, one of open_clip's own names, such as
             `tag:ViT-L-14/openai`. A name stands for the repository on the hub where open_clip keeps these weights;
-            what the name says beside, as the activation, is the repository's own configuration's to say. The hub's
-            names may end in `@REVISION`.
+            the repository's own configuration says the rest, but an activation that open_clip knows to be wrong for
+            them is refused. The hub's names may end in `@REVISION`.
 
     Raises:
         UserError: no such model or folder, or no safetensors in it: weights that might be pickles are not even fetched.
@@ -382,7 +382,23 @@ def encoder(model: str, on: torch.device) -> tuple[Any, Any, Any, str]:
         tokenize = open_clip.get_tokenizer(source)
     except (RuntimeError, OSError, ValueError) as problem:
         raise UserError(f"open_clip cannot load the encoder ({problem})", folder, "fetch it anew") from problem
+    _refuse_other_activation(net, model)
     return net.eval().requires_grad_(False).to(on), preprocess, tokenize, state_hash(net)
+
+
+def _refuse_other_activation(net: torch.nn.Module, model: str) -> None:
+    """Weights load whatever the configuration beside them says; for its own names open_clip knows better."""
+    import open_clip
+
+    kind, _, name = model.partition(":")
+    if kind != "tag":
+        return
+    found = encoder_card(net)["activation"]
+    quick = open_clip.get_pretrained_cfg(*name.partition("@")[0].split("/")).get("quick_gelu", False)
+    if quick != ("quick_gelu" in found):
+        trained = "with" if quick else "without"
+        what = f"the encoder's configuration says {found}, its weights were trained {trained} QuickGELU"
+        raise UserError(what, model, "name another revision, or a local-dir:FOLDER with a mended open_clip_config.json")
 
 
 def _encoder_folder(model: str) -> pathlib.Path:

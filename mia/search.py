@@ -578,12 +578,10 @@ def hamming_pairs(hashes: np.ndarray, max_hamming: int) -> Iterator[Pairs]:
 
 
 def _masks(max_hamming: int) -> list[np.uint64]:
-    """Bits that are compared at once; beyond 16 differing bits bands are too narrow to help: all pairs are compared.
+    """Bits that are compared at once. The more may differ, the narrower the bands: the schema allows 16.
 
     Bands are interleaved: neighbouring bits of a perceptual hash are neighbouring frequencies, and often agree.
     """
-    if max_hamming > 16:
-        return [np.uint64(0)]
     count = max_hamming + 2
     bands = [sum(1 << bit for bit in range(band, 64, count)) for band in range(count)]
     return [np.uint64(one | two) for one, two in itertools.combinations(bands, 2)]

@@ -27,7 +27,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 OURS = [ROOT / "config.yaml", *sorted((ROOT / "workflow" / "config").glob("*.yaml"))]
 SCHEMA = yaml.safe_load(config.SCHEMA.read_text())
 GOOD = yaml.safe_load((ROOT / "config.yaml").read_text())
-MODEL = next(iter(GOOD["train"]["models"]))
+MODEL, ENCODER = next(iter(GOOD["train"]["models"])), GOOD["embeddings"]["model"]
 
 
 def target_with(**wanted: Any) -> str:
@@ -84,6 +84,24 @@ def test_the_example_uses_every_option_there_is():
 def test_every_option_of_the_example_has_a_place_in_data_flow_order():
     order = [name for name in GOOD if name in config.STAGES]
     assert order == [name for name in config.STAGES if name in order]
+
+
+@pytest.mark.parametrize(
+    "section",
+    [{"references": ["x/img_emb_7.npy"], "reference_model": ENCODER}, {"references": ["own.parquet"]},
+     {"reference_model": "tag:ViT-L-14/openai"}],
+)  # fmt: skip
+def test_references_of_our_own_encoder_pass_and_tables_which_name_theirs(section):
+    assert config.checked(changed("neighbours", to=section))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "workflow" / "config").glob("*.yaml")), ids=lambda path: path.stem)
+def test_configurations_that_speak_of_laions_embeddings_embed_with_the_encoder_of_these(path):
+    """LAION made img_emb_N.npy with OpenAI's CLIP ViT-L/14."""
+    found = config.load(path)
+    assert "img_emb" in path.read_text()
+    assert {found["embeddings"]["model"], found["neighbours"]["reference_model"]} == {"tag:ViT-L-14/openai"}
+    config.checked(found | {"neighbours": found["neighbours"] | {"references": ["img_emb_0.npy"]}})
 
 
 def select_section() -> dict:
@@ -231,6 +249,19 @@ def test_a_commit_to_be_filled_in_is_valid_and_spoken_of(capsys):
             "config.yaml: audit.folds: differs from scores.folds; blind and supervised attacks share folds",
         ),
         (
+            changed("dedup", "max_hamming", to=17),
+            "config.yaml: dedup.max_hamming: 17 is greater than 16; differing bits of 64, from -1, which switches",
+        ),
+        (
+            changed("neighbours", "references", to=["e.parquet", "x/img_emb_7.npy"]),
+            "config.yaml: neighbours.reference_model: not said for x/img_emb_7.npy; name the encoder that made the "
+            "references, LAION's by tag:ViT-L-14/openai, and embed with the same",
+        ),
+        (
+            changed("neighbours", to={"references": ["img_emb_7.npy"], "reference_model": "tag:ViT-L-14/openai"}),
+            f"config.yaml: neighbours.reference_model: 'tag:ViT-L-14/openai' is not embeddings.model, '{ENCODER}'",
+        ),
+        (
             changed("metadata", "sources", "member", 0, to="hf://datasets/a/b@main/c.parquet"),
             "config.yaml: metadata.sources.member[0]: 'hf://datasets/a/b@main/c.parquet' is no pinned file of the hub; "
             "write hf://datasets/OWNER/NAME@COMMIT/FILE, its commit in 40 hex digits; see the dataset's history",
@@ -373,7 +404,8 @@ def properties(stage: str) -> dict[str, dict]:
 def test_schema_and_options_have_the_same_names(stage):
     names = {field.name for field in dataclasses.fields(config.STAGES[stage])}
     not_options = {
-        "metadata": {"sources", "columns"}, "images": {"previous"}, "neighbours": {"references", "reference_metadata"},
+        "metadata": {"sources", "columns"}, "images": {"previous"},
+        "neighbours": {"references", "reference_model", "reference_metadata"},
     }.get(stage, set())  # fmt: skip
     assert set(properties(stage)) - not_options == names
 

@@ -508,6 +508,16 @@ def test_no_host_in_reach_is_an_error_of_ours(server: Server) -> None:
         assert table["status"].to_pylist() == ["connection"] * 10 + ["http_4xx"]
 
 
+def test_rows_that_no_host_was_asked_for_do_not_speak_against_the_network(server: Server) -> None:
+    """A deadline that ends all, and names that cannot be, are not the network's fault; a tenth timeout in full is."""
+    slow = metadata([server.url("/slow")] * 20)
+    rows = images.fetch(slow, options(server), concurrency=2, deadline_s=0.2).to_pylist()
+    assert {row["detail"] for row in rows} == {"not finished before the deadline of the shard"}
+    assert set(images.fetch(metadata(["http://a..b.example/"] * 20), options())["status"].to_pylist()) == {"dns"}
+    with pytest.raises(UserError, match=r"none of \d\d images .*timeout.*network is down"):
+        images.fetch(slow, options(server), concurrency=5, per_host=5, timeout_s=0.05, deadline_s=0.65)
+
+
 def test_all_links_dead_is_said(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "mia.images"):
         images.fetch(metadata([server.url("/404")] * 12), options(server))
@@ -683,7 +693,9 @@ def streamed(urls: list[str], chosen: ImagesOptions, **more: Any) -> pa.Table:
     ("status", "detail", "final"),
     [("ok", "", True), ("http_4xx", "HTTP 404", True), ("http_4xx", "HTTP 429", False), ("http_5xx", "HTTP 503", False),
      ("dns", "x", False), ("timeout", "x", False), ("connection", "x", False), ("too_large", "x", True),
-     ("blocked_address", "x", True), ("opted_out", "x", True), ("undecodable", "x", True)],
+     ("blocked_address", "x", True), ("opted_out", "x", True), ("undecodable", "x", True),
+     ("dns", "malformed host name", True), ("connection", "no trusted TLS connection", True),
+     ("dns", "Name or service not known", False), ("connection", "could not connect", False)],
 )  # fmt: skip
 def test_what_another_run_would_change(status: str, detail: str, final: bool) -> None:
     assert fetching.is_final(status, detail) == final
@@ -706,6 +718,26 @@ def test_a_second_run_asks_only_for_what_may_have_changed(server: Server) -> Non
     server.hits["/recovers"] = 2
     assert second.equals(streamed(urls, chosen))
     assert streamed(urls, chosen, previous=second.to_batches()).equals(second)
+
+
+def test_a_second_run_leaves_alone_what_lasts_whatever_its_status(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No TLS where it should be, and a name that cannot be, were given up at once: a later run gives them up too."""
+    secure = server.url("/good.jpg").replace("http:", "https:")
+    urls, chosen = [secure, "http://a..b.example/", server.url("/500")], options(server)
+    first = list(images.stream(metadata(urls), chosen, images.Pace()))
+    assert first[0]["status"].to_pylist() == ["connection", "dns", "http_5xx"]
+    asked = []
+    fetch_row = fetching._Fetcher.row
+
+    async def noted(self: fetching._Fetcher, url: str) -> fetching.Row:
+        asked.append(url)
+        return await fetch_row(self, url)
+
+    monkeypatch.setattr(fetching._Fetcher, "row", noted)
+    assert streamed(urls, chosen, previous=first).to_batches() == first
+    assert asked == [server.url("/500")]
 
 
 def test_earlier_rows_speak_for_the_network(server: Server) -> None:

@@ -153,6 +153,16 @@ def test_the_toys_own_schedule_is_the_one_it_writes_down(tiny_target):
     assert toy.schedule().final == models.schedule(tiny_target).final
 
 
+def example_encoder(folder, quick_gelu):
+    """A copy of the example's encoder whose configuration names this activation."""
+    copied = shutil.copytree(ROOT / "resources/example/encoders/clip", folder / "clip")
+    file = copied / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config["model_cfg"]["quick_gelu"] = quick_gelu
+    file.write_text(json.dumps(config))
+    return copied
+
+
 @pytest.mark.parametrize("model", ["ViT-B-32", "ViT-L-14", "local-dir:", "tag:", "file:x"])
 def test_encoders_whose_weights_might_be_pickles_are_refused(model):
     import torch
@@ -170,14 +180,15 @@ def test_encoders_whose_weights_might_be_pickles_are_refused(model):
         ("hf-hub:someone/clip", "someone/clip", ""),
     ],
 )
-def test_names_stand_for_safetensors_on_the_hub(monkeypatch, model, fetched, revision):
+def test_names_stand_for_safetensors_on_the_hub(tmp_path, monkeypatch, model, fetched, revision):
     import torch
 
     asked = []
+    folder = example_encoder(tmp_path, quick_gelu=model.endswith("/openai"))
 
     def snapshot(*arguments):
         asked.append(arguments)
-        return ROOT / "resources/example/encoders/clip"
+        return folder
 
     monkeypatch.setattr(models, "snapshot", snapshot)
     assert models.encoder(model, torch.device("cpu"))[3]
@@ -199,15 +210,26 @@ def test_names_unknown_or_kept_as_pickles_are_refused(model, message):
         models.encoder(model, torch.device("cpu"))
 
 
+@pytest.mark.parametrize(
+    ("model", "quick", "said"),
+    [("tag:ViT-L-14/openai@v1", False, "says gelu, its weights were trained with QuickGELU, tag:ViT-L-14/openai@v1, "),
+     ("tag:ViT-B-32/laion2b_s34b_b79k", True, "says quick_gelu, its weights were trained without QuickGELU")],
+)  # fmt: skip
+def test_a_repository_that_gives_its_weights_another_activation_is_refused(tmp_path, monkeypatch, model, quick, said):
+    import torch
+
+    folder = example_encoder(tmp_path, quick)
+    monkeypatch.setattr(models, "snapshot", lambda *arguments: folder)
+    with pytest.raises(UserError, match=said):
+        models.encoder(model, torch.device("cpu"))
+
+
 @pytest.mark.parametrize(("quick", "activation"), [(False, "gelu"), (True, "quick_gelu")])
 def test_an_encoders_card_names_its_activation_and_preprocessing(tmp_path, quick, activation):
     import torch
 
-    folder = shutil.copytree(ROOT / "resources/example/encoders/clip", tmp_path / "clip")
-    file = folder / "open_clip_config.json"
-    config = json.loads(file.read_text())
-    config["model_cfg"]["quick_gelu"] = quick
-    file.write_text(json.dumps(config))
+    folder = example_encoder(tmp_path, quick)
+    config = json.loads((folder / "open_clip_config.json").read_text())
     card = models.encoder_card(models.encoder(f"local-dir:{folder}", torch.device("cpu"))[0])
     assert card["activation"] == activation
     wanted = config["preprocess_cfg"] | {"size": [64, 64]}

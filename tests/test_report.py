@@ -25,7 +25,14 @@ from mia import verdict as verdicts
 from mia.cli import common
 from mia.cli import report as cli_report
 from mia.cli.report import report
-from mia.config import DedupOptions, DistanceOptions, EvaluationOptions, FeaturesOptions, SanitizeOptions
+from mia.config import (
+    DedupOptions,
+    DistanceOptions,
+    EmbeddingsOptions,
+    EvaluationOptions,
+    FeaturesOptions,
+    SanitizeOptions,
+)
 from mia.errors import UserError
 
 N = 240  # samples a side in the dataset; half of them in each part
@@ -119,7 +126,8 @@ class World:
             mine = ids[tables.shard_of(list(ids), 2) == shard]
             found = np.array([self.vectors[i] for i in mine], np.float16)
             columns = {space: tables.vector_column(found[:, k]) for k, space in enumerate(SPACES)}
-            self.put(f"embeddings/{shard}.parquet", "embeddings", pa.table({"sample_id": mine.tolist(), **columns}))
+            table = pa.table({"sample_id": mine.tolist(), **columns})
+            self.put(f"embeddings/{shard}.parquet", "embeddings", table, EmbeddingsOptions("hf-hub:some/encoder"))
 
     def write_duplicates(self) -> None:
         """40 planted candidates, of which 38 are found, one for another member; 5 more candidates are dropped."""
@@ -410,6 +418,13 @@ def test_dedup_recall_and_precision(built: tuple[pathlib.Path, str]) -> None:
     text = " ".join(page.split())
     assert "42 near-duplicates of members were planted among the candidates; 40 reached this stage together" in text
     assert "43 were dropped, 38 of them planted: a precision of 88.4 %" in text
+
+
+def test_what_the_authors_judged_by_eye_names_their_encoder_and_this_runs(built: tuple[pathlib.Path, str]) -> None:
+    text = " ".join(built[1].split())
+    for table in ("Table 12", "Table 13"):
+        caption = text.split(f"{table}.")[1].split("</caption>")[0]
+        assert "OpenAI&rsquo;s CLIP ViT-L/14; this run&rsquo;s are of <code>hf-hub:some/encoder</code>" in caption
 
 
 def test_distances_stand_at_each_moment_with_their_p_values(world: World, built: tuple[pathlib.Path, str]) -> None:

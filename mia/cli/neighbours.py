@@ -29,7 +29,8 @@ Find = Callable[[np.ndarray, search.Reference], search.Pairs]
 @click.option("--own", type=PATH, multiple=True, help="Shards of our embeddings table to search for members.")
 @click.option(
     "--reference", "references", type=PATH, multiple=True,
-    help="Other training images to search: img_emb_N.npy as LAION publishes them, or an embeddings table.",
+    help="Other training images to search, embedded with the model of --embeddings, which a .npy does not tell: "
+    "img_emb_N.npy as LAION publishes them, or an embeddings table.",
 )  # fmt: skip
 @click.option(
     "--reference-metadata", type=PATH,

@@ -7,8 +7,11 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from typing import Any
 
 import pytest
 import yaml
@@ -21,6 +24,8 @@ AFTER_DEDUP = {
     "matches", "links", "dedup", "train", "target", "sanitize", "distance", "audit", "latents", "features", "scores",
     "evaluation", "report", "all",
 }  # fmt: skip
+CORES = 2
+RESUMABLE = ("--cores", str(CORES), "--rerun-incomplete")
 
 
 def small() -> dict:
@@ -51,7 +56,7 @@ class Checkout:
     """A copy of the repository in which a run may be made and things may be changed."""
 
     def __init__(self, folder: pathlib.Path) -> None:
-        self.folder = folder
+        self.folder, self.results = folder, folder / "results/small"
         listed = subprocess.run(
             ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout.split("\n")
@@ -61,6 +66,13 @@ class Checkout:
                 shutil.copy2(ROOT / name, folder / name)
 
     def snakemake(self, config: dict, *arguments: str) -> subprocess.CompletedProcess:
+        """A run to its end."""
+        with self.started(config, *arguments) as run:
+            out, err = run.communicate()
+        return subprocess.CompletedProcess(run.args, run.returncode, out, err)
+
+    def started(self, config: dict, *arguments: str, **how: Any) -> subprocess.Popen:
+        """A run that goes on; `how` as `Popen` takes it."""
         file = self.folder / "small.yaml"
         text = yaml.safe_dump(config, sort_keys=False)
         if not file.is_file() or file.read_text() != text:
@@ -68,10 +80,19 @@ class Checkout:
         environment = os.environ | {
             "PYTHONPATH": str(self.folder), "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
         }  # fmt: skip
-        return subprocess.run(
-            ["snakemake", "--configfile", "small.yaml", *arguments], cwd=self.folder, env=environment,
-            capture_output=True, text=True,
-        )  # fmt: skip
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        words = ["snakemake", "--configfile", "small.yaml", *arguments]
+        return subprocess.Popen(words, cwd=self.folder, env=environment, **pipes | how)
+
+    def outputs(self) -> dict[pathlib.PurePath, bytes]:
+        """Every file of the results but logs, which tell of time, and what is hidden: unfinished, or snakemake's."""
+        files = [file for file in self.results.rglob("*") if file.is_file()]
+        found = {file.relative_to(self.results): file.read_bytes() for file in files}
+        return {name: data for name, data in found.items() if not re.match(r"logs/|(.*/)?\.", name.as_posix())}
+
+    def finished(self) -> dict[pathlib.PurePath, int]:
+        """When each job that is done was so: its benchmark, the last file that snakemake writes, and the time of it."""
+        return {file.relative_to(self.results): file.stat().st_mtime_ns for file in self.results.rglob("logs/**/*.tsv")}
 
     def reruns(self, config: dict) -> dict[str, int]:
         """Rule -> number of jobs that a run would start."""
@@ -209,20 +230,45 @@ def test_lint_finds_nothing(done):
 def test_snakemakes_own_report_holds_the_figures(done):
     run = done.snakemake(small(), "--report", "archive.html")
     assert run.returncode == 0, run.stderr
-    assert "roc" in (done.folder / "archive.html").read_text()
+    archive = (done.folder / "archive.html").read_text()
+    assert "roc" in archive
+    assert "method matched, pairs within 0.25 log-odds" in archive and "a member stays above" not in archive
 
 
-def test_results_are_the_same_bytes_from_one_shard_and_from_three(done):
-    config = small()
-    config["shards"] = 3
-    config["name"] = "small"
-    other = done.folder / "three"
-    shutil.copytree(done.folder, other, ignore=shutil.ignore_patterns("results", ".snakemake", "three"))
-    run = Checkout.snakemake(
-        type("At", (), {"folder": other})(), config, "--cores", "2", "results/small/scores/main.parquet"
-    )
+def test_results_are_the_same_bytes_from_one_shard_and_from_three(done, tmp_path):
+    other = Checkout(tmp_path)
+    run = other.snakemake(small() | {"shards": 3}, "--cores", "2", "results/small/scores/main.parquet")
     assert run.returncode == 0, run.stderr[-2000:]
     import pyarrow.parquet as pq
 
-    one, three = (pq.read_table(at / "results/small/scores/main.parquet") for at in (done.folder, other))
+    one, three = (pq.read_table(at.results / "scores/main.parquet") for at in (done, other))
     assert one.replace_schema_metadata(None).equals(three.replace_schema_metadata(None))
+
+
+def killed_after(jobs: int, checkout: Checkout) -> dict[pathlib.PurePath, int]:
+    """Starts a run and kills it with all its jobs, without notice, once so many are done; those, as `finished` does."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    with checkout.started(small(), *RESUMABLE, **quiet) as run:
+        while len(checkout.finished()) < jobs:
+            assert run.poll() is None, "it ended before it could be killed"
+            time.sleep(0.05)
+        time.sleep(1)  # snakemake notes the last one as finished, and the next are under way
+        os.killpg(run.pid, signal.SIGKILL)
+    assert run.returncode == -signal.SIGKILL
+    return checkout.finished()
+
+
+def test_killed_at_many_moments_a_run_ends_in_the_same_bytes(done, tmp_path):
+    """A kill costs the jobs under way and no others, and what it leaves is hidden: no output holds another byte."""
+    checkout = Checkout(tmp_path)
+    before: dict[pathlib.PurePath, int] = {}
+    for jobs in range(3, len(done.finished()), 7):
+        now = killed_after(jobs, checkout)
+        assert sum(now[name] != at for name, at in before.items()) <= CORES, "what was finished is made again"
+        before = now
+        assert checkout.snakemake(small(), "--unlock").returncode == 0
+    run = checkout.snakemake(small(), *RESUMABLE)
+    assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
+    one, other = done.outputs(), checkout.outputs()
+    assert one.keys() == other.keys() and len(one) > 50
+    assert [name for name in one if one[name] != other[name]] == []

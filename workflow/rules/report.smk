@@ -1,6 +1,6 @@
 import json
 
-REPORT_VERSION = 5  # raise it when the report changes for the same tables
+REPORT_VERSION = 6  # raise it when the report changes for the same tables
 REPORT_FIGURES = {
     "roc": "Attacks",
     "controls": "Attacks",
@@ -37,6 +37,13 @@ CUT, RATES, NEAR, READ, BLIND, APART = (
     for stage in ("sanitize", "evaluation", "dedup", "features", "audit", "distance")
 )
 SIDE = f"at most {CUT.max_per_side}" if CUT.max_per_side else "all remaining"
+ABOVE = f", a member stays above {CUT.keep_above}"
+KEPT = {
+    "matched": f", pairs within {CUT.caliper} log-odds or what keeps {100 * CUT.min_keep:g} %",
+    "crossfitted": ABOVE,
+    "paper": ABOVE,
+    "none": "",
+}
 REPORT_WORDS = {
     "model": f"{MAIN} ({TARGETS[MAIN]['source']}, revision {TARGETS[MAIN].get('revision') or 'not fixed'})",
     "controls": ", ".join(name for name in COMPARED if name != MAIN) or "none",
@@ -52,7 +59,7 @@ REPORT_WORDS = {
     )
     or "none",
     "blind": ", ".join(BLIND.features),
-    "sanitize": f"method {CUT.method}, a member stays above {CUT.keep_above}",
+    "sanitize": f"method {CUT.method}{KEPT[CUT.method]}",
     "dedup": f"L2 distance below {NEAR.max_distance}, or at most {NEAR.max_hamming} of 64 hash bits",
     "planted": config["report"]["planted"] or "none",
     "shuffles": APART.permutations,
