@@ -87,7 +87,7 @@ class NeighboursOptions:
     """
 
     version: ClassVar[int] = 1
-    k: int = 10
+    k: int = 1
     exact_below: int = 10_000_000
     probes: int = 32
     recall_queries: int = 500
@@ -135,10 +135,11 @@ class SanitizeOptions:
 
 @dataclasses.dataclass(frozen=True)
 class DistanceOptions:
-    """How many shufflings of the labels stand for chance."""
+    """How many shufflings of the labels stand for chance, and of how many rows (0: all), whole groups at random."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     permutations: int = 200
+    max_rows: int = 20_000
 
 
 @dataclasses.dataclass(frozen=True)

@@ -198,6 +198,17 @@ def measured(
     }
 
 
+def sampled(group: np.ndarray, max_rows: int, seed: int) -> np.ndarray:
+    """Whole groups at random, of at most `max_rows` rows together, 0 for all: sorted row numbers, int64[k].
+
+    The kernel distance looks at every pair. Which groups these are depends on their names alone, on no order of rows.
+    """
+    names, code, sizes = np.unique(group, return_inverse=True, return_counts=True)
+    order = rng.stream(seed, "groups", purpose="distance.sample").permutation(len(names))
+    fits = np.cumsum(sizes[order]) <= (max_rows or len(group))
+    return np.flatnonzero(np.isin(code, order[fits]))
+
+
 def distances(
     spaces: dict[str, np.ndarray], member: np.ndarray, seed: int, permutations: int = 200,
     group: np.ndarray | None = None,

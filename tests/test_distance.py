@@ -366,6 +366,20 @@ def test_a_side_of_one_group_is_refused():
         distance.distances({"image": np.eye(6)}, np.arange(6) < 3, 0, group=np.array([0, 0, 0, 1, 2, 3]))
 
 
+def test_a_sample_takes_whole_groups_whatever_the_order_of_rows():
+    r = np.random.default_rng(0)
+    group = np.array([f"g{i}" for i in r.integers(0, 300, 1000)])
+    rows = distance.sampled(group, 400, 3)
+    assert 390 <= len(rows) <= 400 and (np.diff(rows) > 0).all()
+    taken = set(group[rows])
+    assert (np.isin(group, list(taken)) == np.isin(np.arange(1000), rows)).all()
+    order = r.permutation(1000)
+    assert set(group[order][distance.sampled(group[order], 400, 3)]) == taken
+    assert set(group[distance.sampled(group, 400, 4)]) != taken
+    for everything in (0, 1000, 5000):
+        assert (distance.sampled(group, everything, 3) == np.arange(1000)).all()
+
+
 # ------------------------------------------------------------------------------------------------ the command
 
 
@@ -445,4 +459,11 @@ def test_the_command_measures_all_that_dedup_saw(tmp_path):
     assert {(row["n_members"], row["n_nonmembers"]) for row in found.values()} == {(60, 90)}
     wanted = by_sqrtm(vectors[:60].astype(np.float64), vectors[60:150].astype(np.float64))
     assert found["frechet"]["value"] == pytest.approx(wanted, rel=1e-9)
+    some = tmp_path / "some"
+    cli.commands.main(
+        [*words, "--output", str(some), "--duplicates", str(tmp_path / "near"), "--max-rows", "80"],
+        standalone_mode=False,
+    )
+    row = tables.read(some, "distance").to_pylist()[0]
+    assert 45 <= row["n_members"] + row["n_nonmembers"] <= 80
     assert found["frechet"]["p_value"] > 0.2  # by single rows 0.01: no labelling by chance puts the copies on one side

@@ -385,3 +385,15 @@ def test_the_embedded_corpus_passes_its_own_filters():
     polars.testing.assert_frame_equal(kept, kept.sort("sample_id"))
     for pool in ("member", "candidate", "control"):
         assert (kept["pool"] == pool).sum() > 0.5 * (rows["pool"] == pool).sum()
+
+
+@pytest.mark.parametrize(("pool", "flag"), [("member", "m"), ("candidate", "c")])
+def test_a_pool_without_any_row_is_refused(pool, flag, tmp_path):
+    """As `mia select` leaves it where every row was dropped."""
+    for name in "mc":
+        source(3 * (name != flag), URL=[f"{name}{i}" for i in range(3 * (name != flag))]).write_parquet(tmp_path / name)
+    columns = [word for ours, theirs in COLUMNS.items() for word in ("--column", f"{ours}={theirs}")]
+    words = ["metadata", "--member", str(tmp_path / "m"), "--candidate", str(tmp_path / "c"), *columns]
+    words += ["--output", str(tmp_path / "out"), "--dropped-output", str(tmp_path / "dropped")]
+    with pytest.raises(UserError, match=f"^no source of the {pool} pool has a row, .*/{flag}, name another, or loosen"):
+        cli.commands.main(words, standalone_mode=False)

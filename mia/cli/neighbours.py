@@ -46,10 +46,9 @@ def neighbours(
 
     if not own and not references:
         raise UserError("nothing to search", "--own and --reference", "give at least one file")
-    ids, vectors = _queries(embeddings)
     known = common.frame(metadata, "metadata", ("sample_id", "pool"))
+    ids, vectors = _queries(embeddings, lambda ids: np.isin(_pools(known, ids), list(dedup.AGAINST)))
     pools = _pools(known, ids)
-    asked = np.isin(pools, list(dedup.AGAINST))
     _same_model([*embeddings, *own, *(path for path in references if path.suffix != ".npy")])
     held = [_table_reference(path) for path in own]
     others = [_reference(path, reference_metadata) for path in references]
@@ -62,7 +61,7 @@ def neighbours(
                 ids, pools, vectors, reference, _pools(known, np.array(reference.ids, dtype=object)), find
             )
         for reference in others:
-            yield search.neighbours(ids[asked], reference, *find(vectors[asked], reference))
+            yield search.neighbours(ids, reference, *find(vectors, reference))
 
     table = search.merge(found(), options.k)
     inputs = [metadata, *embeddings, *own, *references, *_metadata_files(references, reference_metadata)]
@@ -109,9 +108,16 @@ def _kept(matches: pathlib.Path, ids: list[pa.Array]) -> list[np.ndarray]:
     return np.split(marks, np.cumsum([len(some) for some in ids])[:-1])
 
 
-def _queries(embeddings: tuple[pathlib.Path, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Sample ids, object[n], and image embeddings, float16[n, width], of all shards."""
-    table = tables.read(list(embeddings), "embeddings", columns=("sample_id", "image"))
+def _queries(
+    embeddings: tuple[pathlib.Path, ...], asked: Callable[[np.ndarray], np.ndarray] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sample ids, object[n], and image embeddings, float16[n, width], of the shards' samples that are asked about."""
+    parts = []
+    for path in embeddings:
+        shard = tables.read(path, "embeddings", columns=("sample_id", "image"))
+        ids = np.array(shard["sample_id"].to_pylist(), dtype=object)
+        parts.append(shard if asked is None else shard.filter(pa.array(asked(ids))))
+    table = pa.concat_tables(parts).sort_by("sample_id")
     return np.array(table["sample_id"].to_pylist(), dtype=object), tables.vectors(table["image"], np.float16)
 
 
