@@ -154,6 +154,12 @@ def shard_of(ids: Sequence[str], shards: int) -> np.ndarray:
     return np.array([int(i[:8], 16) * shards >> 32 for i in ids], dtype=np.int64)
 
 
+def ids_of(shard: int, shards: int) -> tuple[str, str]:
+    """Bounds of the ids of which `shard_of` says `shard`; no id equals the second."""
+    first, end = (-(-(number << 32) // shards) for number in (shard, shard + 1))
+    return f"{first:08x}", f"{end - 1:08x}g"  # g comes after every digit
+
+
 def key(name: str) -> tuple[str, ...]:
     """The columns that identify a row of table `name`, in sort order."""
     return KEYS.get(name, ("sample_id",))
@@ -261,6 +267,27 @@ def read(paths: Any, name: str, columns: Sequence[str] | None = None) -> pa.Tabl
     if set(key(name)) <= set(columns):
         _refuse_duplicate_keys(table, name, where)
     return table
+
+
+def between(path: Any, name: str, first: str, last: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of table `name` whose `sample_id` is from `first` to `last`, by those row groups that may hold some.
+
+    `columns` as in `read`.
+
+    Raises:
+        UserError: as `read` does.
+    """
+    path = pathlib.Path(path)
+    with parquet(path, name) as file:
+        absent = [column for column in columns or ("sample_id",) if column not in file.schema_arrow.names]
+        if absent:
+            raise UserError(f"{name} table has no column '{absent[0]}'", path, "is it another table?")
+        about, at = file.metadata, file.schema_arrow.names.index("sample_id")
+        stats = [about.row_group(group).column(at).statistics for group in range(about.num_row_groups)]
+        held = [g for g, s in enumerate(stats) if s is None or not s.has_min_max or (s.min <= last and s.max >= first)]
+        table = file.read_row_groups(held, columns=list(columns) if columns else None)
+    inside = pc.and_(pc.greater_equal(table["sample_id"], first), pc.less_equal(table["sample_id"], last))
+    return table.filter(inside) if columns else check(table.filter(inside), name, path)
 
 
 def batches(paths: Iterable[object], name: str, rows: int = 256) -> Iterator[pa.RecordBatch]:

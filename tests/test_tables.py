@@ -531,3 +531,36 @@ def test_a_full_disk_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no room on the disk"), tables.replacing(tmp_path / "a"):
         raise OSError(28, "No space left on device")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("shards", [1, 3, 7, 1000])
+def test_the_bounds_of_shards_hold_the_ids_that_shard_of_gives_them(shards):
+    edges = [number for shard in range(0, shards, max(1, shards // 7)) for number in (
+        -(-(shard << 32) // shards), -(-((shard + 1) << 32) // shards) - 1)]  # fmt: skip
+    ids = [f"{number:08x}{tail}" for number in {0, 2**32 - 1, *edges} for tail in ("0" * 24, "f" * 24)]
+    for sample_id, shard in zip(ids, tables.shard_of(ids, shards), strict=True):
+        for other in {int(shard), 0, shards - 1}:
+            first, last = tables.ids_of(other, shards)
+            assert (first <= sample_id <= last) == (other == shard)
+
+
+def test_rows_between_two_ids_are_those_of_the_whole_table_and_few_are_read(tmp_path, monkeypatch):
+    ids = sorted(tables.sample_id(f"u{i}", "c") for i in range(900))
+    rows = [{"sample_id": i, "url": "u", "caption": "c", "source": "s", "pool": "member"} for i in ids]
+    whole = pa.Table.from_pylist(rows, schema=tables.SCHEMAS["metadata"])
+    path = tmp_path / "m.parquet"
+    pq.write_table(whole, path, row_group_size=50)
+    read = []
+    real = pq.ParquetFile.read_row_groups
+    monkeypatch.setattr(
+        pq.ParquetFile, "read_row_groups", lambda self, groups, **how: read.append(groups) or real(self, groups, **how)
+    )
+    for shards in (1, 4, 90):
+        for shard in range(shards):
+            found = tables.between(path, "metadata", *tables.ids_of(shard, shards))
+            wanted = whole.filter(pa.array(tables.shard_of(ids, shards) == shard))
+            assert found.to_pylist() == wanted.to_pylist()
+            assert len(read[-1]) <= 18 / shards + 2
+    assert tables.between(path, "metadata", "", "", ("sample_id", "caption")).num_rows == 0
+    with pytest.raises(UserError, match="metadata table has no column 'colour'"):
+        tables.between(path, "metadata", "", "", ("sample_id", "colour"))

@@ -118,8 +118,7 @@ def images(
 
     if not 0 <= shard < shards:
         raise UserError(f"shard {shard} of {shards} does not exist", "--shard", f"give a number from 0 to {shards - 1}")
-    rows = tables.read(metadata, "metadata")
-    rows = rows.filter(pa.array(tables.shard_of(rows["sample_id"].to_pylist(), shards) == shard))
+    rows = tables.between(metadata, "metadata", *tables.ids_of(shard, shards))
     made = common.made_by(
         "images", options, None, [metadata, *previous], shard=f"{shard}/{shards}", libraries=("pillow", "imagehash")
     )
@@ -148,7 +147,7 @@ def embeddings(metadata: Any, images: Any, device: str, batch_size: int, output:
     shown = tables.read(images, "images")
     shown = shown.filter(pc.equal(shown["status"], "ok"))
     ids = shown["sample_id"].to_pylist()
-    rows = tables.read(metadata, "metadata", columns=("sample_id", "caption"))
+    rows = tables.between(metadata, "metadata", min(ids, default=""), max(ids, default=""), ("sample_id", "caption"))
     captions = _by_id(rows, ids)["caption"].to_list()
     model, preprocess, tokenizer, weights = models.encoder(options.model, models.device(device))
     found = stage.embed(
