@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import urllib.parse
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -38,19 +39,29 @@ class Odds:
     rows: int
 
 
-def joined(metadata: pa.Table, images: pa.Table) -> pl.DataFrame:
+def joined(metadata: Iterable[pa.RecordBatch], images: pa.Table) -> pl.DataFrame:
     """One row for each of `metadata`: sample_id, pool, status, survived (bool), host, top_level_domain ("" for none).
+
+    URLs are in memory a batch at a time, and a batch is soonest joined where both are sorted.
 
     Raises:
         UserError: a row has no status yet.
     """
-    rows = pl.DataFrame(pl.from_arrow(metadata.select(["sample_id", "pool", "url"])))
     found = pl.DataFrame(pl.from_arrow(images.select(["sample_id", "status"])))
-    rows = rows.join(found, "sample_id", "left").sort("sample_id")
+    rows = pl.concat([_joined(batch, found) for batch in metadata]).sort("sample_id")
     absent = rows.filter(pl.col("status").is_null())
     if len(absent):
         what = f"{len(absent)} of {len(rows)} samples have no status, the first is {absent['sample_id'][0]}"
         raise UserError(what, "--images", "give every shard")
+    return rows
+
+
+def _joined(metadata: pa.RecordBatch, found: pl.DataFrame) -> pl.DataFrame:
+    rows = pl.DataFrame(pl.from_arrow(metadata.select(["sample_id", "pool", "url"])))
+    near = found.filter(
+        pl.col("sample_id").is_between(pl.lit(rows["sample_id"].min()), pl.lit(rows["sample_id"].max()))
+    )
+    rows = rows.join(near, "sample_id", "left", maintain_order="left")
     hosts = [_host(url) for url in rows["url"].to_list()]
     return rows.select("sample_id", "pool", "status", survived=pl.col("status") == "ok").with_columns(
         host=pl.Series(hosts, dtype=pl.String),

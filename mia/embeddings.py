@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from mia import models, pixels, tables
 
 
 def embed(
-    ids: Sequence[str], images: Sequence[bytes], captions: Sequence[str], model: Any, preprocess: Any, tokenizer: Any,
+    ids: Sequence[str], images: Iterable[bytes], captions: Sequence[str], model: Any, preprocess: Any, tokenizer: Any,
     batch_size: int, progress: Callable = iter, workers: int = 0,
 ) -> pa.Table:  # fmt: skip
     """The embeddings table: unit vectors in float16, one for each image and one for each caption.
@@ -25,6 +26,7 @@ def embed(
     (`benchmarks/embeddings.py`). Neither `batch_size` nor `workers` changes a bit of the result.
 
     Args:
+        images: in the order of `ids`; the bytes of a few batches are held at a time.
         workers: threads that decode; 0 for as many as torch may use.
 
     Raises:
@@ -51,7 +53,7 @@ def embed(
 
 
 def prepared(
-    runs: Sequence[tuple[np.ndarray, int]], images: Sequence[bytes], captions: Sequence[str], preprocess: Any,
+    runs: Sequence[tuple[np.ndarray, int]], images: Iterable[bytes], captions: Sequence[str], preprocess: Any,
     tokenizer: Any, workers: int = 0,
 ) -> Iterator[tuple[Any, Any]]:  # fmt: skip
     """Pixels, float32[len(run), 3, side, side], and tokens of each run of rows, made by threads some runs ahead.
@@ -64,13 +66,19 @@ def prepared(
     shape = preprocess(Image.new("RGB", (8, 8))).shape
     pinned = torch.cuda.is_available()  # the only memory that is copied to a GPU in the background
 
-    def fill(place: torch.Tensor, row: int) -> None:
-        place.copy_(preprocess(pixels.decode(images[row])))
+    waiting = iter(images)
+
+    def fill(place: torch.Tensor, data: bytes) -> None:
+        place.copy_(preprocess(pixels.decode(data)))
 
     def start(run: np.ndarray, real: int) -> tuple:
         shown = torch.empty((len(run), *shape), pin_memory=pinned)
         tokens = pool.submit(tokenizer, [captions[i] for i in run])
-        return real, shown, tokens, [pool.submit(fill, shown[at], row) for at, row in enumerate(run[:real])]
+        decoded = [
+            pool.submit(fill, shown[at], data)
+            for at, data in zip(range(real), itertools.islice(waiting, real), strict=True)
+        ]
+        return real, shown, tokens, decoded
 
     def finish(real: int, shown: torch.Tensor, tokens: concurrent.futures.Future, decoded: list) -> tuple:
         for image in decoded:

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from mia.errors import UserError
 
 PROVENANCE_KEY = b"mia"
+GROUP_ROWS = {"metadata": 8_192}  # a row group, of which a job with a shard reads few; any other table's has 65,536
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 POOLS = ("member", "candidate", "control")
 PARTS = ("calibration", "test")
@@ -257,16 +258,29 @@ def read(paths: Any, name: str, columns: Sequence[str] | None = None) -> pa.Tabl
     """
     files = [pathlib.Path(p) for p in (paths if isinstance(paths, (list, tuple)) else [paths])]
     where = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-    try:
-        table = pa.concat_tables([_read_one(path, name, columns) for path in files])
-    except pa.ArrowInvalid as problem:
-        raise UserError(f"{name} files differ in columns or types", where, "make all of them in one way") from problem
-    if columns is None:
-        return check(table, name, where)
-    table = table.sort_by([(column, "ascending") for column in key(name) if column in columns])
-    if set(key(name)) <= set(columns):
+    parts = [_read_one(path, name, columns) for path in files]
+    return joined(parts, name, where) if columns else check(_in_one(parts, name, where), name, where)
+
+
+def joined(parts: Sequence[pa.Table], name: str, where: object) -> pa.Table:
+    """Parts of table `name`, of which some columns were read, in one, sorted by what they have of its key.
+
+    Raises:
+        UserError: they are not of one make, or, where they have the whole key, a row stands twice.
+    """
+    table = _in_one(parts, name, where)
+    there = [column for column in key(name) if column in table.column_names]
+    table = table.sort_by([(column, "ascending") for column in there])
+    if len(there) == len(key(name)):
         _refuse_duplicate_keys(table, name, where)
     return table
+
+
+def _in_one(parts: Sequence[pa.Table], name: str, where: object) -> pa.Table:
+    try:
+        return pa.concat_tables(parts)
+    except pa.ArrowInvalid as problem:
+        raise UserError(f"{name} files differ in columns or types", where, "make all of them in one way") from problem
 
 
 def between(path: Any, name: str, first: str, last: str, columns: Sequence[str] | None = None) -> pa.Table:
@@ -389,8 +403,9 @@ def room_for(target: object) -> Iterator[None]:
 def write(path: object, table: pa.Table, name: str, made_by: dict) -> None:
     """Check `table` and put it at `path` at once, with `made_by` (see `provenance`) in the file's metadata."""
     table = check(table, name, path).replace_schema_metadata(_metadata(made_by))
+    rows = GROUP_ROWS.get(name, 65_536)
     with replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", row_group_size=65_536, store_schema=True)
+        pq.write_table(table, temporary, compression="zstd", row_group_size=rows, store_schema=True)
 
 
 def write_batches(path: object, found: Iterable[pa.RecordBatch], name: str, made_by: dict) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
 
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 from PIL import Image
 from scipy import stats
 
-from mia import attrition, metrics, tables
+from mia import attrition, images, metrics, tables
 from mia.cli import attrition as commands
 from mia.errors import UserError
 
@@ -44,7 +45,8 @@ def rows(*groups: tuple[str, str, str, int]) -> tuple[pa.Table, pa.Table]:
 
 
 def joined(*groups: tuple[str, str, str, int]) -> pl.DataFrame:
-    return attrition.joined(*rows(*groups))
+    metadata, images = rows(*groups)
+    return attrition.joined(metadata.to_batches(max_chunksize=3), images)
 
 
 # ------------------------------------------------------------------------------------------------ rows and rates
@@ -55,7 +57,7 @@ def test_joining_finds_hosts_and_survivors() -> None:
     ids = [f"{i:032x}" for i in range(5)]
     metadata = pa.table({"sample_id": ids, "url": urls, "pool": ["member"] * 5})
     images = pa.table({"sample_id": ids, "status": ["ok", "dns", "ok", "ok", "refused"]})
-    found = attrition.joined(metadata, images)
+    found = attrition.joined(metadata.to_batches(), images)
     assert found["host"].to_list() == ["www.example.org", "", "", "b.example.co.uk", ""]
     assert found["top_level_domain"].to_list() == ["org", "", "", "uk", ""]
     assert found["survived"].to_list() == [True, False, True, True, False]
@@ -64,7 +66,7 @@ def test_joining_finds_hosts_and_survivors() -> None:
 def test_a_missing_shard_is_named() -> None:
     metadata, images = rows(("member", "a.org", "ok", 5))
     with pytest.raises(UserError, match=r"2 of 5 samples have no status.*give every shard"):
-        attrition.joined(metadata, images.slice(2))
+        attrition.joined(metadata.to_batches(), images.slice(2))
 
 
 def test_rates_by_hand() -> None:
@@ -245,6 +247,24 @@ def test_probe_command(files: pathlib.Path) -> None:
     counts = json.loads((files / "probe.json").read_text())
     assert counts == {"candidate": {"ok": 7, "not_found": 3}, "member": {"ok": 8, "not_found": 2}}
     assert "candidate: 3 not_found, 7 ok" in done.output
+
+
+def test_a_probe_in_batches_tries_the_rows_that_stand_for_all(files: pathlib.Path, monkeypatch) -> None:
+    """A pool that comes late, and another that ends early, as in a table of many batches."""
+    path, schema = files / "metadata.parquet", tables.SCHEMAS["metadata"]
+    rows = tables.read(path, "metadata").to_pylist()
+    for i, row in enumerate(rows):
+        row["pool"] = "candidate" if i in (0, 25, 29) else "control" if i > 26 else "member"
+    whole = pa.Table.from_pylist(rows, schema=schema)
+    tables.write(path, whole, "metadata", {})
+    tried = []
+    plain = images.fetch
+    monkeypatch.setattr(images, "fetch", lambda rows, *args, **more: tried.append(rows) or plain(rows, *args, **more))
+    for batch, count in itertools.product((1, 4, 100), (1, 5, 9, 20, 40)):
+        monkeypatch.setattr(commands, "BATCH", batch)
+        line = ["--metadata", str(path), "--root", str(files), "--allow-local-files", "--count", str(count)]
+        CliRunner().invoke(commands.probe, line, catch_exceptions=False)
+        assert tried.pop()["sample_id"].equals(images.probe_rows(whole, count)["sample_id"]), (batch, count)
 
 
 def test_probe_of_nothing_but_dead_links(files: pathlib.Path) -> None:

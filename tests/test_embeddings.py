@@ -8,6 +8,7 @@ import threading
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw
 
@@ -146,6 +147,17 @@ def test_decoding_runs_ahead_of_the_network_but_not_far(clip):
     assert 20 <= len(started) <= 1 + 3 * 20  # one more gave the shape
 
 
+def test_bytes_are_taken_as_they_are_needed_and_one_too_few_is_an_error(clip):
+    taken = []
+    images = (taken.append(i) or picture(0) for i in range(399))
+    runs = list(models.batches(400, 20))
+    ready = embeddings.prepared(runs, images, ["x"] * 400, clip[1], clip[2], workers=2)
+    next(ready)
+    assert len(taken) <= 3 * 20
+    with pytest.raises(ValueError, match="shorter"):
+        list(ready)
+
+
 def test_an_image_that_cannot_be_decoded_stops_the_run_at_once(clip):
     images = [picture(0)] * 5 + [b"no image"] + [picture(0)] * 500
     with pytest.raises(pixels.ImageError, match="not_an_image"):
@@ -168,3 +180,27 @@ def test_a_sample_that_the_metadata_lack_is_named(tmp_path):
     with pytest.raises(UserError, match=f"a table lacks a sample that another one has, {ids[1]}, make both"):
         cli.commands.main(words, standalone_mode=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_streams_what_is_usable_and_refuses_another_order(tmp_path, clip):
+    ids = [f"{i:032x}" for i in range(40)]
+    about = {"url": "u", "source": "s", "pool": "member"}
+    known = [{"sample_id": name, "caption": f"a drawing of {i} dogs", **about} for i, name in enumerate(ids)]
+    shown = [
+        {"sample_id": name, "status": "ok" if i % 3 else "dns", "detail": "", "bytes": picture(i) if i % 3 else None}
+        for i, name in enumerate(ids)
+    ]
+    tables.write(tmp_path / "m", pa.Table.from_pylist(known, schema=tables.SCHEMAS["metadata"]), "metadata", {})
+    table = pa.Table.from_pylist(shown, schema=tables.SCHEMAS["images"])
+    tables.write(tmp_path / "i", table, "images", {})
+    words = ["embeddings", "--model", f"local-dir:{FOLDER}", "--output", str(tmp_path / "out")]
+    words += ["--metadata", str(tmp_path / "m"), "--images", str(tmp_path / "i")]
+    cli.commands.main(words, standalone_mode=False)
+    alive = [i for i in range(40) if i % 3]
+    wanted = embeddings.embed(
+        [ids[i] for i in alive], [picture(i) for i in alive], [known[i]["caption"] for i in alive], *clip, 64
+    )
+    assert tables.read(tmp_path / "out", "embeddings").equals(tables.check(wanted, "embeddings"))
+    pq.write_table(table.take(list(range(40))[::-1]), tmp_path / "i")
+    with pytest.raises(UserError, match="images are not in order of sample_id"):
+        cli.commands.main(words, standalone_mode=False)

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mia import cli, dedup, search, tables
+from mia.cli import neighbours as cli_neighbours
 from mia.config import DedupOptions
 from mia.errors import UserError
 
@@ -404,6 +405,23 @@ def test_the_command_holds_each_pool_against_those_before_it(tmp_path, shards):
             wanted += [(samples.ids[i], *row[1:]) for row in near]
     assert [tuple(row.values()) for row in rows] == wanted
     assert tables.provenance(tmp_path / "out")["method"] == "exact"
+
+
+def test_vectors_of_members_are_no_queries(tmp_path):
+    words, samples = written(tmp_path, 3)
+    paths = tuple(tmp_path / f"e{number}" for number in range(3))
+    asked = np.flatnonzero(samples.pools != "member")
+    ids, pools, x = cli_neighbours._queries(tmp_path / "m", paths, ["candidate", "control"])
+    assert ids.tolist() == samples.ids[asked].tolist() and pools.tolist() == samples.pools[asked].tolist()
+    assert np.array_equal(x, samples.embeddings[asked]) and x.base.nbytes == x.nbytes
+    candidate = next(path for path in paths if set(tables.read(path, "embeddings")["sample_id"].to_pylist()) & set(ids))
+    with pytest.raises(UserError, match="two rows with one key"):
+        run([*words, *own(tmp_path, 3), "--embeddings", str(candidate)], tmp_path)
+    narrow = tables.vector_column(samples.embeddings[asked[:1], :5])
+    other = pa.table({"sample_id": pa.array(ids[:1], pa.string()), "image": narrow, "text": narrow})
+    tables.write(tmp_path / "e1", other, "embeddings", {"weights": "w"})
+    with pytest.raises(UserError, match="embeddings files differ in columns or types"):
+        run([*words, *own(tmp_path, 1)], tmp_path)
 
 
 def laion(folder: pathlib.Path, number: str, x: np.ndarray, ids: bool = True) -> None:

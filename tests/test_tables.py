@@ -564,3 +564,13 @@ def test_rows_between_two_ids_are_those_of_the_whole_table_and_few_are_read(tmp_
     assert tables.between(path, "metadata", "", "", ("sample_id", "caption")).num_rows == 0
     with pytest.raises(UserError, match="metadata table has no column 'colour'"):
         tables.between(path, "metadata", "", "", ("sample_id", "colour"))
+
+
+def test_a_row_group_of_metadata_is_no_larger_than_a_shard(tmp_path):
+    for name, rows in (("metadata", 8_192), ("selection", 65_536)):
+        text = pa.array([f"{i:032x}" for i in range(70_000)])
+        empty = {field.name: pa.nulls(len(text), field.type) for field in tables.SCHEMAS[name]}
+        full = {field.name: text for field in tables.SCHEMAS[name] if not field.nullable}
+        pool = {"pool": pa.array(["member"] * len(text))} if name == "metadata" else {}
+        tables.write(tmp_path / name, pa.table({**empty, **full, **pool}), name, MADE_BY)
+        assert pq.ParquetFile(tmp_path / name).metadata.row_group(0).num_rows == rows

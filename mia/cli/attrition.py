@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import collections
+import functools
 import pathlib
 from typing import Any
 
 import click
+import pyarrow as pa
 
 from mia import tables
 from mia.cli import common
 from mia.cli.common import PATH, many, one, stage_options
 from mia.errors import UserError
+
+BATCH = 16_384  # rows of metadata in memory at a time
 
 
 @click.command()
@@ -27,7 +31,9 @@ def probe(metadata: Any, count: int, root: Any, timeout_s: float, output: pathli
     """Try a few URLs of each pool, before thousands are; fails when none of them works."""
     from mia import images as stage
 
-    rows = stage.probe_rows(tables.read(metadata, "metadata"), count)
+    batches = (pa.Table.from_batches([batch]) for batch in tables.batches([metadata], "metadata", BATCH))
+    some = functools.reduce(lambda kept, more: stage.probe_rows(pa.concat_tables([kept, more]), count), batches)
+    rows = stage.probe_rows(some, count)
     found = stage.fetch(rows, options, root=root, timeout_s=timeout_s)
     statuses, pools = found["status"].to_pylist(), rows["pool"].to_pylist()
     counts: dict[str, dict[str, int]] = {
@@ -55,10 +61,8 @@ def attrition(metadata: Any, images: Any, output: Any, report_output: Any, confi
     """Count what died, by pool and cause, and test whether survival predicts membership."""
     from mia import attrition as stage
 
-    rows = stage.joined(
-        tables.read(metadata, "metadata", ("sample_id", "pool", "url")),
-        tables.read(list(images), "images", ("sample_id", "status")),
-    )
+    statuses = tables.read(list(images), "images", ("sample_id", "status"))
+    rows = stage.joined(tables.batches([metadata], "metadata", BATCH), statuses)
     found = stage.survival(rows, confidence, level)
     made = common.made_by(
         "attrition", None, None, [metadata, *images], libraries=("polars", "scipy"), confidence=confidence

@@ -133,7 +133,7 @@ def image_bytes(paths: Iterable[object], ids: Iterable[str]) -> dict[str, bytes]
     Raises:
         UserError: one of them has no usable image.
     """
-    return {name: data for some in _images_of(paths, ids) for name, data in zip(*some, strict=True)}
+    return {name: data for some in images_of(paths, ids) for name, data in zip(*some, strict=True)}
 
 
 def image_statistics(paths: Iterable[object], ids: Sequence[str]) -> np.ndarray:
@@ -146,12 +146,12 @@ def image_statistics(paths: Iterable[object], ids: Sequence[str]) -> np.ndarray:
 
     place = {name: row for row, name in enumerate(ids)}
     found = np.empty((len(ids), len(blind.IMAGE_STATISTICS)))
-    for names, data in _images_of(paths, ids):
+    for names, data in images_of(paths, ids):
         found[[place[name] for name in names]] = blind.of_images(names, data)
     return found
 
 
-def _images_of(paths: Iterable[object], ids: Iterable[str]) -> Iterator[tuple[list[str], list[bytes]]]:
+def images_of(paths: Iterable[object], ids: Iterable[str]) -> Iterator[tuple[list[str], list[bytes]]]:
     """Ids and original bytes of the named samples, of a batch at a time; an error at the end if one did not come."""
     absent = dict.fromkeys(ids)
     asked = pa.array(absent, pa.string())

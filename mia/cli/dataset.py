@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import pathlib
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -144,14 +145,13 @@ def embeddings(metadata: Any, images: Any, device: str, batch_size: int, output:
     from mia import embeddings as stage
     from mia import models
 
-    shown = tables.read(images, "images")
-    shown = shown.filter(pc.equal(shown["status"], "ok"))
-    ids = shown["sample_id"].to_pylist()
+    shown = tables.read(images, "images", columns=("sample_id", "status"))
+    ids = shown.filter(pc.equal(shown["status"], "ok"))["sample_id"].to_pylist()
     rows = tables.between(metadata, "metadata", min(ids, default=""), max(ids, default=""), ("sample_id", "caption"))
     captions = _by_id(rows, ids)["caption"].to_list()
     model, preprocess, tokenizer, weights = models.encoder(options.model, models.device(device))
     found = stage.embed(
-        ids, shown["bytes"].to_pylist(), captions, model, preprocess, tokenizer, batch_size,
+        ids, _bytes_of(images, ids), captions, model, preprocess, tokenizer, batch_size,
         common.progress("embeddings"),
     )  # fmt: skip
     made = common.made_by(
@@ -160,6 +160,19 @@ def embeddings(metadata: Any, images: Any, device: str, batch_size: int, output:
         libraries=("torch", "open_clip_torch", "pillow"),
     )  # fmt: skip
     tables.write(output, found, "embeddings", made)
+
+
+def _bytes_of(images: pathlib.Path, ids: list[str]) -> Iterator[bytes]:
+    """The original bytes of samples in the order of `ids`, of which a few are in memory at a time.
+
+    Raises:
+        UserError: the shard is in another order.
+    """
+    found = (pair for some in common.images_of([images], ids) for pair in zip(*some, strict=True))
+    for wanted, (name, data) in zip(ids, found, strict=True):
+        if name != wanted:
+            raise UserError("images are not in order of sample_id", f"{images} {name}", "run `mia images` again")
+        yield data
 
 
 @click.command()

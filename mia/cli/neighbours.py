@@ -10,7 +10,6 @@ from typing import Any
 
 import click
 import numpy as np
-import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -46,9 +45,7 @@ def neighbours(
 
     if not own and not references:
         raise UserError("nothing to search", "--own and --reference", "give at least one file")
-    known = common.frame(metadata, "metadata", ("sample_id", "pool"))
-    ids, vectors = _queries(embeddings, lambda ids: np.isin(_pools(known, ids), list(dedup.AGAINST)))
-    pools = _pools(known, ids)
+    ids, pools, vectors = _queries(metadata, embeddings, list(dedup.AGAINST))
     _same_model([*embeddings, *own, *(path for path in references if path.suffix != ".npy")])
     held = [_table_reference(path) for path in own]
     others = [_reference(path, reference_metadata) for path in references]
@@ -57,9 +54,7 @@ def neighbours(
 
     def found() -> Iterator[pa.Table]:
         for reference in held:
-            yield from dedup.against_own(
-                ids, pools, vectors, reference, _pools(known, np.array(reference.ids, dtype=object)), find
-            )
+            yield from dedup.against_own(ids, pools, vectors, reference, _pools(metadata, reference.ids), find)
         for reference in others:
             yield search.neighbours(ids, reference, *find(vectors, reference))
 
@@ -81,7 +76,7 @@ def links(matches: Any, own: Any, others: Any, output: Any, options: Any) -> Non
     common.refuse_other_options([matches], options, "matches were made", "use the same, or run `mia matches` again")
     made = common.made_by("links", options, None, [matches, own, *others], own=tables.file_hash(own)[:16])
     _refuse_unmatched(matches, [own, *others], made["inputs"])
-    ids, vectors = _queries((own,))
+    ids, vectors = _vectors(tables.read(own, "embeddings", columns=("sample_id", "image")))
     shards = [_table_reference(path) for path in others]
     kept = _kept(matches, [pa.array(ids, pa.string()), *(shard.ids for shard in shards)])
     rest = [search.only(shard, keep) for shard, keep in zip(shards, kept[1:], strict=True)]
@@ -109,27 +104,38 @@ def _kept(matches: pathlib.Path, ids: list[pa.Array]) -> list[np.ndarray]:
 
 
 def _queries(
-    embeddings: tuple[pathlib.Path, ...], asked: Callable[[np.ndarray], np.ndarray] | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Sample ids, object[n], and image embeddings, float16[n, width], of the shards' samples that are asked about."""
+    metadata: pathlib.Path, embeddings: tuple[pathlib.Path, ...], asked: list[str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids and pools, object[n], and image embeddings, float16[n, width], of the samples of the pools that are `asked`.
+
+    The vectors of others are in memory a shard at a time.
+    """
     parts = []
     for path in embeddings:
         shard = tables.read(path, "embeddings", columns=("sample_id", "image"))
-        ids = np.array(shard["sample_id"].to_pylist(), dtype=object)
-        parts.append(shard if asked is None else shard.filter(pa.array(asked(ids))))
-    table = pa.concat_tables(parts).sort_by("sample_id")
-    return np.array(table["sample_id"].to_pylist(), dtype=object), tables.vectors(table["image"], np.float16)
+        pools = _pools(metadata, shard["sample_id"])
+        some = shard.append_column("pool", pa.array(pools, pa.string())).filter(pa.array(np.isin(pools, asked)))
+        parts.append(some.combine_chunks())  # a slice would keep its shard alive
+    table = tables.joined(parts, "embeddings", embeddings[0])
+    ids, vectors = _vectors(table)
+    return ids, np.array(table["pool"].to_pylist(), dtype=object), vectors
 
 
-def _pools(known: pl.DataFrame, ids: np.ndarray) -> np.ndarray:
-    """The pool of each sample, object[n]."""
-    rows = pl.DataFrame({"sample_id": pl.Series(ids, dtype=pl.String)}).join(
-        known, on="sample_id", how="left", maintain_order="left"
-    )
-    absent = rows.filter(pl.col("pool").is_null())
-    if len(absent):
-        raise UserError("the metadata table lacks a sample of the embeddings", absent["sample_id"][0], "make both anew")
-    return np.array(rows["pool"].to_list(), dtype=object)
+def _vectors(embeddings: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Sample ids, object[n], and image embeddings, float16[n, width]."""
+    ids = np.array(embeddings["sample_id"].to_pylist(), dtype=object)
+    return ids, tables.vectors(embeddings["image"], np.float16)
+
+
+def _pools(metadata: pathlib.Path, ids: pa.Array) -> np.ndarray:
+    """The pool of each sample, object[n]; of the metadata what lies around the ids is read."""
+    bounds = pc.min_max(ids).as_py()
+    known = tables.between(metadata, "metadata", bounds["min"] or "", bounds["max"] or "", ("sample_id", "pool"))
+    at = pc.index_in(ids, known["sample_id"])
+    if at.null_count:
+        absent = pc.filter(ids, pc.is_null(at))[0].as_py()
+        raise UserError("the metadata table lacks a sample of the embeddings", absent, "make both anew")
+    return np.array(known["pool"].take(at).to_pylist(), dtype=object)
 
 
 def _finder(rows: int, options: Any, recalls: list[float]) -> Find:
