@@ -55,7 +55,8 @@ def against_own(
         asked, allowed = np.flatnonzero(query_pools == pool), np.isin(reference_pools, against)
         if len(asked) and allowed.any():
             some = search.only(reference, allowed)
-            found.append(search.neighbours(query_ids[asked], some, *find(queries[asked], some)))
+            vectors = queries if len(asked) == len(queries) else queries[asked]
+            found.append(search.neighbours(query_ids[asked], some, *find(vectors, some)))
     return found
 
 

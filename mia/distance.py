@@ -198,15 +198,25 @@ def measured(
     }
 
 
-def sampled(group: np.ndarray, max_rows: int, seed: int) -> np.ndarray:
+def sampled(member: np.ndarray, group: np.ndarray, max_rows: int, seed: int) -> np.ndarray:
     """Whole groups at random, of at most `max_rows` rows together, 0 for all: sorted row numbers, int64[k].
 
-    The kernel distance looks at every pair. Which groups these are depends on their names alone, on no order of rows.
+    The kernel distance looks at every pair. Of groups of members, of non-members and of both the same share of rows is
+    taken. Which groups these are depends on their names alone, on no order of rows.
     """
-    names, code, sizes = np.unique(group, return_inverse=True, return_counts=True)
-    order = rng.stream(seed, "groups", purpose="distance.sample").permutation(len(names))
-    fits = np.cumsum(sizes[order]) <= (max_rows or len(group))
-    return np.flatnonzero(np.isin(code, order[fits]))
+    if not max_rows or len(group) <= max_rows:
+        return np.arange(len(group))
+    _, code, sizes = np.unique(group, return_inverse=True, return_counts=True)
+    members = np.bincount(code, member)
+    kind = 1 * (members > 0) + (members == sizes)  # none, some or all of a group are members
+    order = rng.stream(seed, "groups", purpose="distance.sample").permutation(len(sizes))
+    left = np.bincount(kind, sizes) * max_rows // len(group)  # rows still to take
+    taken = np.zeros(len(sizes), bool)
+    for i, which, size in zip(order, kind[order], sizes[order], strict=True):
+        if size <= left[which]:  # one that is too large is passed over
+            taken[i] = True
+            left[which] -= size
+    return np.flatnonzero(taken[code])
 
 
 def distances(

@@ -29,7 +29,7 @@ ROWS = 2**16  # vectors read at a time: 0.2 GB of 768 float32
 QUERIES, TILE = 1024, 4096  # one matrix product: wide enough for BLAS, and 16 MB out
 PAIRS = 2**22  # pairs that wait for their exact distance
 RESCORED = 2**11  # pairs rescored at a time: some 12 MB of 768 float64, which caches hold
-MERGED = 2**24  # rows of neighbours tables merged at a time
+MERGED = 2**20  # rows of neighbours or links tables gathered before they are looked at, at least
 LISTS, TRAINING = (
     1024,
     40,
@@ -356,23 +356,30 @@ def neighbours(query_ids: np.ndarray, reference: Reference, rows: np.ndarray, ap
 
 
 def merge(found: Iterable[pa.Table], k: int) -> pa.Table:
-    """The k nearest of each sample over any number of neighbours tables: the table of one search through all."""
+    """The k nearest of each sample over any number of neighbours tables: the table of one search through all.
+
+    As many rows as the result has, or `MERGED`, wait to be merged: memory grows with the samples, not with the tables.
+    """
     merged = SCHEMAS["neighbours"].empty_table()
-    for some in _gathered(found):
+
+    def enough() -> int:
+        return max(MERGED, len(merged))
+
+    for some in _gathered(found, enough):
         merged = _first(pa.concat_tables([merged, some]), k)
     return merged
 
 
-def _gathered(found: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The rows of many tables in few."""
-    pending: list[pa.Table] = []
+def _gathered(found: Iterable[pa.Table], enough: Callable[[], int]) -> Iterator[pa.Table]:
+    """The rows of many tables in few, each of `enough` rows at least but the last."""
+    waiting: list[pa.Table] = []
     for table in found:
-        pending.append(table)
-        if sum(len(some) for some in pending) > MERGED:
-            yield pa.concat_tables(pending)
-            pending = []
-    if pending:
-        yield pa.concat_tables(pending)
+        waiting.append(table)
+        if sum(len(some) for some in waiting) >= enough():
+            yield pa.concat_tables(waiting)
+            waiting = []
+    if waiting:
+        yield pa.concat_tables(waiting)
 
 
 def _first(table: pa.Table, k: int) -> pa.Table:
@@ -482,7 +489,7 @@ def link_found(groups: Components, ids: pa.Array, found: Iterable[pa.Table]) -> 
     Raises:
         UserError: a links table names a sample that is not among them.
     """
-    for table in _gathered(found):
+    for table in _gathered(found, lambda: max(MERGED, len(ids))):
         i, j = (_rows_of(table[column], ids) for column in ("sample_id", "linked_id"))
         groups.link(i, j)
 

@@ -6,8 +6,9 @@ Hundreds of files of millions of rows pass here, one job each; what is left of t
 from __future__ import annotations
 
 import collections
+import itertools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import polars as pl
 import pyarrow.parquet as pq
@@ -79,9 +80,9 @@ def last_rank(kept: Sequence[pl.LazyFrame], max_rows: int) -> tuple[int, int]:
     """
     lowest, total = pl.Series(dtype=pl.UInt64), 0
     for piece in kept:
-        ranks = piece.select(_rank()).collect(engine="streaming").to_series()
-        total += len(ranks)
-        lowest = pl.concat([lowest, ranks]).bottom_k(max_rows)
+        for found in _batches(piece.select(_rank())):
+            total += len(found)
+            lowest = pl.concat([lowest, found.to_series()]).bottom_k(max_rows)
     return lowest.max() or 0, total  # type: ignore[return-value]
 
 
@@ -124,11 +125,15 @@ def write(
 
 
 def _write(kept: Sequence[pl.LazyFrame], path: pathlib.Path, metadata: dict[str, str]) -> int:
-    """One piece at a time: polars would read ahead of a sink that has little to write. lz4: the file is read once."""
+    """A batch at a time: polars would read ahead of a sink that has little to write. lz4: the file is read once."""
     schema, rows = pl.DataFrame(schema=sources.TYPES).to_arrow().schema.with_metadata(metadata), 0
     with pq.ParquetWriter(path, schema, compression="lz4", use_dictionary=["language"]) as out:
-        for piece in kept:
-            found = piece.collect(engine="streaming")
+        for found in itertools.chain.from_iterable(map(_batches, kept)):
             rows += len(found)
             out.write_table(found.to_arrow())
     return rows
+
+
+def _batches(rows: pl.LazyFrame) -> Iterator[pl.DataFrame]:
+    """The rows in their order, `sources.PIECE_ROWS` at a time, so that a source of one large piece streams as well."""
+    return iter(rows.collect_batches(chunk_size=sources.PIECE_ROWS, lazy=True, engine="streaming"))

@@ -369,15 +369,29 @@ def test_a_side_of_one_group_is_refused():
 def test_a_sample_takes_whole_groups_whatever_the_order_of_rows():
     r = np.random.default_rng(0)
     group = np.array([f"g{i}" for i in r.integers(0, 300, 1000)])
-    rows = distance.sampled(group, 400, 3)
-    assert 390 <= len(rows) <= 400 and (np.diff(rows) > 0).all()
+    member = r.random(1000) < 0.4
+    rows = distance.sampled(member, group, 400, 3)
+    assert 380 <= len(rows) <= 400 and (np.diff(rows) > 0).all()
     taken = set(group[rows])
     assert (np.isin(group, list(taken)) == np.isin(np.arange(1000), rows)).all()
     order = r.permutation(1000)
-    assert set(group[order][distance.sampled(group[order], 400, 3)]) == taken
-    assert set(group[distance.sampled(group, 400, 4)]) != taken
+    assert set(group[order][distance.sampled(member[order], group[order], 400, 3)]) == taken
+    assert set(group[distance.sampled(member, group, 400, 4)]) != taken
     for everything in (0, 1000, 5000):
-        assert (distance.sampled(group, everything, 3) == np.arange(1000)).all()
+        assert (distance.sampled(member, group, everything, 3) == np.arange(1000)).all()
+
+
+@pytest.mark.parametrize("share", [0.03, 0.5])
+def test_a_sample_takes_the_same_share_of_both_sides_and_passes_over_what_is_too_large(share):
+    """700 members, of whom 500 look alike, 9,000 non-members alone, 30 mixed groups: chance would differ by row."""
+    sizes = [(1, 0)] * 200 + [(500, 0)] + [(0, 1)] * 9_000 + [(1, 1)] * 30
+    group = np.repeat(np.arange(len(sizes)), [sum(size) for size in sizes])
+    member = np.concatenate([np.arange(sum(size)) < size[0] for size in sizes])
+    for seed in range(20):
+        rows = distance.sampled(member, group, int(share * len(group)), seed)
+        assert len(rows) <= share * len(group)
+        assert abs(member[rows].sum() - min(share * 730, 215 if share == 0.5 else 99)) <= 4
+        assert abs((~member[rows]).sum() - share * 9_030) <= 3
 
 
 # ------------------------------------------------------------------------------------------------ the command

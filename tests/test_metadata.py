@@ -397,3 +397,21 @@ def test_a_pool_without_any_row_is_refused(pool, flag, tmp_path):
     words += ["--output", str(tmp_path / "out"), "--dropped-output", str(tmp_path / "dropped")]
     with pytest.raises(UserError, match=f"^no source of the {pool} pool has a row, .*/{flag}, name another, or loosen"):
         cli.commands.main(words, standalone_mode=False)
+
+
+def test_a_pool_of_which_select_dropped_all_is_refused_and_one_of_two_such_files_is_not(tmp_path):
+    source(3, URL=["m1", "m2", "m3"]).write_parquet(tmp_path / "m")
+    source(3, URL=["c1", "c2", "c3"], height=[10.0] * 3).write_parquet(tmp_path / "c")
+    columns = [word for ours, theirs in COLUMNS.items() for word in ("--column", f"{ours}={theirs}")]
+    words = ["select", "--source", str(tmp_path / "c"), *columns, "--min-side-px", "500"]
+    cli.commands.main([*words, "--output", str(tmp_path / "none")], standalone_mode=False)
+    words = ["metadata", "--member", str(tmp_path / "m"), *columns]
+    words += ["--output", str(tmp_path / "out"), "--dropped-output", str(tmp_path / "dropped")]
+    with pytest.raises(UserError, match="^no source of the candidate pool has a row, .*/none, name another, or loosen"):
+        cli.commands.main([*words, "--candidate", str(tmp_path / "none")], standalone_mode=False)
+    assert not (tmp_path / "out").exists()
+    both = ["--candidate", str(tmp_path / "none"), "--candidate", str(tmp_path / "c")]
+    with pytest.raises(UserError, match="^no source of the control pool has a row, .*/none"):
+        cli.commands.main([*words, *both, "--control", str(tmp_path / "none")], standalone_mode=False)
+    cli.commands.main([*words, *both], standalone_mode=False)
+    assert sorted(tables.read(tmp_path / "out", "metadata")["pool"].to_pylist()) == ["candidate"] * 3 + ["member"] * 3

@@ -156,6 +156,24 @@ def test_ties_go_to_the_smaller_id_even_in_a_crowd_of_equals(monkeypatch):
     assert [row[2] for row in rows] == ["00000", "00001", "00002"] * 3 and {row[3] for row in rows} == {0.0}
 
 
+def test_tables_are_merged_few_at_a_time(monkeypatch):
+    """Of 50 tables of 40 rows, no more than twice the result waits, or `MERGED` beside it."""
+    r = np.random.default_rng(1)
+    ids = [f"{i:032x}" for i in range(40)]
+    columns = [
+        [ids, np.ones(40, np.int32), [f"{shard:02}-{i % 3}" for i in range(40)], r.integers(0, 9, 40) / 4]
+        for shard in range(50)
+    ]
+    parts = [pa.table([pa.array(c) for c in some], schema=search.SCHEMAS["neighbours"]) for some in columns]
+    once, sizes, plain = search.merge(parts, 2), [], search._first
+    monkeypatch.setattr(search, "_first", lambda table, k: sizes.append(len(table)) or plain(table, k))
+    for merged in (1, 100, 10_000):
+        monkeypatch.setattr(search, "MERGED", merged)
+        assert search.merge(iter(parts), 2).equals(once) and once.num_rows == 80
+        assert max(sizes) <= max(merged + 80 + 40, 80 + 80 + 40) and (sum(sizes) < 8_000 or merged > 1)
+        sizes.clear()
+
+
 def test_nothing_to_search_or_to_ask_is_an_empty_table():
     x = np.ones((3, 4), np.float32)
     assert found(x[:0], search.in_memory("x", names(0, 3), x), 2) == []

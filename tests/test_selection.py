@@ -13,6 +13,7 @@ import sys
 
 import numpy as np
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 
 from mia import cli, languages, metadata, selection, sources, tables
@@ -419,3 +420,19 @@ def test_a_user_sees_one_line_and_a_failure(tmp_path):
     done = subprocess.run([sys.executable, "-m", "mia", *words], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: source does not exist, nowhere.parquet, mend its path\n"
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_source_of_one_piece_is_written_in_batches(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "PIECE_ROWS", 7)
+    rows = pl.DataFrame({"url": [f"u{i}" for i in range(50)], "caption": ["c"] * 50, "width": range(50)})
+    getattr(rows, {"csv": "write_csv", "jsonl": "write_ndjson"}[kind])(tmp_path / f"s.{kind}")
+    columns = {"url": "url", "caption": "caption", "width": "width", "height": "width"}
+    pieces = sources.named(sources.scan(tmp_path / f"s.{kind}"), columns, "s")
+    for cap, left in ((0, 40), (15, 15)):
+        counts = selection.write(pieces, tmp_path / "out", SelectionOptions(min_side_px=10, max_rows=cap), {})
+        about = pq.ParquetFile(tmp_path / "out").metadata
+        assert counts[""] == about.num_rows == left
+        assert max(about.row_group(i).num_rows for i in range(about.num_row_groups)) == 7
+        found = pq.read_table(tmp_path / "out")["url"].to_pylist()
+        assert found == sorted(found, key=lambda url: int(url[1:]))

@@ -52,8 +52,8 @@ def metadata(
         for path in paths:
             parts.append(stage.source_rows(_rows(path), *_named(path, mapping), pool))
     rows, before = pl.concat(parts), _summed(earlier)
-    for pool, paths in (("member", members), ("candidate", candidates)):
-        if not (rows["pool"] == pool).any():
+    for pool, paths in (("member", members), ("candidate", candidates), ("control", controls)):
+        if paths and not (rows["pool"] == pool).any():
             raise UserError(f"no source of the {pool} pool has a row", paths[0], "name another, or loosen `select`")
     kept, dropped = stage.select(rows, options)
     inputs = [*members, *candidates, *controls, *earlier]
@@ -347,11 +347,11 @@ def distance(dataset: Any, duplicates: Any, embeddings: Any, seed: int, output: 
     if (dataset is None) == (duplicates is None):
         raise UserError("nothing to measure, or two things", "mia distance", "give --dataset or --duplicates")
     rows = tables.read(dataset, "dataset") if dataset else _before_dedup(duplicates)
-    rows = rows.take(stage.sampled(np.array(rows["group"].to_pylist()), options.max_rows, seed))
-    vectors = common.embeddings_of(embeddings, rows)
-    spaces = {space: tables.vectors(vectors[space]) for space in ("image", "text")}
     member, group = rows["member"].to_numpy(zero_copy_only=False), np.array(rows["group"].to_pylist())
-    found = stage.distances(spaces, member, seed, options.permutations, group)
+    some = stage.sampled(member, group, options.max_rows, seed)
+    vectors = common.embeddings_of(embeddings, rows.take(some))
+    spaces = {space: tables.vectors(vectors[space]) for space in ("image", "text")}
+    found = stage.distances(spaces, member[some], seed, options.permutations, group[some])
     made = common.made_by("distance", options, seed, [dataset or duplicates, *embeddings], libraries=("scipy",))
     tables.write(output, found, "distance", made)
 

@@ -46,6 +46,7 @@ def neighbours(
     if not own and not references:
         raise UserError("nothing to search", "--own and --reference", "give at least one file")
     ids, pools, vectors = _queries(metadata, embeddings, list(dedup.AGAINST))
+    pa.default_memory_pool().release_unused()  # what was held twice makes room for the search
     _same_model([*embeddings, *own, *(path for path in references if path.suffix != ".npy")])
     held = [_table_reference(path) for path in own]
     others = [_reference(path, reference_metadata) for path in references]
@@ -115,7 +116,7 @@ def _queries(
         shard = tables.read(path, "embeddings", columns=("sample_id", "image"))
         pools = _pools(metadata, shard["sample_id"])
         some = shard.append_column("pool", pa.array(pools, pa.string())).filter(pa.array(np.isin(pools, asked)))
-        parts.append(some.combine_chunks())  # a slice would keep its shard alive
+        parts.append(some)
     table = tables.joined(parts, "embeddings", embeddings[0])
     ids, vectors = _vectors(table)
     return ids, np.array(table["pool"].to_pylist(), dtype=object), vectors

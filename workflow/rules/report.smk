@@ -63,6 +63,11 @@ REPORT_WORDS = {
     "dedup": f"L2 distance below {NEAR.max_distance}, or at most {NEAR.max_hamming} of 64 hash bits",
     "planted": config["report"]["planted"] or "none",
     "shuffles": APART.permutations,
+    "measured": (
+        f"{APART.max_rows:,} samples at most, whole near-duplicate groups at random"
+        if APART.max_rows
+        else "all samples"
+    ),
     "encoder": config["embeddings"]["model"],
 }
 
