@@ -182,7 +182,7 @@ def test_infer_refuses_a_verdict_where_captions_explain_the_difference(mia, tmp_
 def guard_of(run, folder: pathlib.Path, copies: int, own: bool) -> dict:
     """The guard of `infer` for a weak leak, each sample there `copies` times, in one group or each in its own."""
     both = []
-    for name, leak in (("s", 0.25), ("r", 0.0)):
+    for name, leak in (("s", 0.12), ("r", 0.0)):
         ids = [pl.format("{}{}", "sample_id", pl.lit(f"/{k}")).alias("sample_id") for k in range(copies)]
         one = pl.concat([side(name, leak=leak).with_columns(i) for i in ids])
         group = pl.col("sample_id") if own else pl.col("sample_id").str.split("/").list.first()
@@ -192,19 +192,17 @@ def guard_of(run, folder: pathlib.Path, copies: int, own: bool) -> dict:
 
 
 def test_the_guard_counts_groups_and_how_many_baselines_looked(mia, tmp_path):  # noqa: F811
-    once, copied, as_if_new = (guard_of(mia, tmp_path, *how) for how in ((1, True), (4, False), (4, True)))
-    assert 0.001 < once["p_value"] < 0.5 and copied["p_value"] > 0.001
+    once, as_if_new, copied = (guard_of(mia, tmp_path, *how) for how in ((1, True), (4, True), (4, False)))
+    assert 0.001 < once["p_value"] < 0.5 and 0.001 < copied["p_value"] < 0.5
     assert as_if_new["p_value"] < 1e-6  # copies taken for samples of their own: each teaches the side of the others
-    read = {path: pl.read_parquet(tmp_path / f"{path}.parquet") for path in "sr"}
     seen, truth = audit_command.sides({"--suspects": tmp_path / "s.parquet", "--nonmembers": tmp_path / "r.parquet"})
-    assert len(truth) == sum(map(len, read.values()))
     member, group, part = (truth[name].to_numpy() for name in ("member", "group", "part"))
     rows = audit.audit(seen, member, group, part, AuditOptions(features=audit.possible(seen)), 0).scores
     scores = pl.DataFrame(pl.from_arrow(rows)).with_columns(name=pl.format("{} {}", "attack", "variant"))
-    mine = scores.filter(name=as_if_new["attack"]).sort("sample_id")["score"].to_numpy()
+    mine = scores.filter(name=copied["attack"]).sort("sample_id")["score"].to_numpy()
     auc, variance = resampling.delong(mine[:, None], member, group)
     alone = scipy.stats.norm.sf((auc[0] - 0.5) / variance[0, 0] ** 0.5)
-    assert as_if_new["p_value"] == pytest.approx(min(1.0, scores["name"].n_unique() * alone), rel=1e-9)
+    assert copied["p_value"] == pytest.approx(min(1.0, scores["name"].n_unique() * alone), rel=1e-9)
 
 
 def test_infer_without_anything_to_guard_by_needs_to_be_told(mia, tmp_path):  # noqa: F811
