@@ -115,12 +115,12 @@ class SanitizeOptions:
     on chunks of members (`laion-mi/` of arXiv 2306.12983), `crossfitted` its classifiers for pools too small for that.
     """
 
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     method: str = "matched"
     views: tuple[str, ...] = ("caption", "image", "metadata")
     folds: int = 5
-    max_rounds: int = 20
-    step: float = 0.2
+    max_rounds: int = 15
+    step: float = 0.3
     min_keep: float = 0.75
     caliper: float = 0.25
     chunk: int = 40_000

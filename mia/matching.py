@@ -418,7 +418,7 @@ def trees(x: np.ndarray, member: np.ndarray, query: np.ndarray, seed: int) -> np
 def forest(x: np.ndarray, member: np.ndarray, query: np.ndarray, seed: int) -> np.ndarray:
     """Scores of `query`, float64[m], by randomised trees: what is nearly the same in many features goes together.
 
-    Boosted trees alone left captions of LAION-mi on which a forest had AUC .525; with both none has more than .51.
+    Boosted trees alone left captions of LAION-mi on which a forest had AUC .525 (`docs/decisions.md`).
     """
     from sklearn.ensemble import ExtraTreesClassifier
 

@@ -17,11 +17,7 @@ from mia.attacks import TWINS, Attack
 from mia.config import FeaturesOptions
 from mia.scored import CHOSEN
 
-SPLITS = (
-    "unsanitized",
-    "sanitized",
-    "attacked",
-)  # the dataset after dedup, after sanitization, and what is attacked of it
+SPLITS = ("unsanitized", "sanitized", "attacked")  # after dedup, after sanitization, and what is attacked of that
 MOMENTS = {"collected": "before dedup", "unsanitized": "after dedup", "sanitized": "sanitized"}  # of the distances
 MAX_POINTS = 600  # of each side in each panel of the scatter
 LOSSES = {"model_loss": "model loss", "latent_error": "latent error", "pixel_error": "pixel error"}

@@ -14,7 +14,7 @@ import pytest
 from sklearn.decomposition import TruncatedSVD
 from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 from sklearn.feature_extraction.text import CountVectorizer, HashingVectorizer, TfidfVectorizer
-from sklearn.linear_model import LogisticRegression, SGDClassifier
+from sklearn.linear_model import LogisticRegression, RidgeClassifier, SGDClassifier
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.naive_bayes import MultinomialNB
 from sklearn.neighbors import KNeighborsClassifier
@@ -151,16 +151,12 @@ def test_hosts_are_balanced():
     assert kept.rounds[0]["auc"]["url: log ratios"] > 0.6
 
 
-def test_sides_of_different_size_lose_little_of_the_smaller():
-    """Where nothing tells, chance alone thins a little. With seed 5 the first round passes: what is too many must not
-    go from one end of the log-odds, which cost a seventh and made a leak."""
-    shares = []
-    for seed in (4, 5, 6):
-        member = np.arange(3 * N) % 3 == 0
-        kept = match(captions(np.random.default_rng(seed), 3 * N), member, np.arange(3 * N))
-        assert (kept.keep & member).sum() == (kept.keep & ~member).sum()
-        shares.append((kept.keep & member).sum() / N)
-    assert np.mean(shares) > 0.95 and min(shares) > 0.9 and shares[1] > 0.97
+@pytest.mark.parametrize("seed", [4, 5])  # with 5 the first round passes: what is too many must not go from one end
+def test_sides_of_different_size_lose_little_of_the_smaller(seed):
+    r = np.random.default_rng(seed)
+    member = np.arange(3 * N) % 3 == 0
+    kept = match(captions(r, 3 * N), member, np.arange(3 * N))
+    assert (kept.keep & member).sum() == (kept.keep & ~member).sum() > 0.95 * N
 
 
 # ------------------------------------------------------------------------------------------------ what is promised
@@ -291,6 +287,7 @@ def fresh_attackers(said: list[str]) -> Learners:
     return {
         "characters, logistic": (long, lambda seed: LogisticRegression(C=3.0, solver="liblinear")),
         "words, SVM": (word, lambda seed: LinearSVC(C=0.1)),
+        "words, ridge": (word, lambda seed: RidgeClassifier(3.0, solver="sparse_cg")),
         "words, neighbours": (sketch, lambda seed: KNeighborsClassifier(200, weights="distance")),
         "words, kernel": (sketch, lambda seed: SVC(C=1.0, gamma=2.0, random_state=seed)),
         "statistics of the audit": (audited, lambda seed: HistGradientBoostingClassifier(min_samples_leaf=10)),
@@ -300,10 +297,6 @@ def fresh_attackers(said: list[str]) -> Learners:
         "surface, boosting": (look, lambda seed: HistGradientBoostingClassifier(learning_rate=0.05, random_state=seed)),
         "surface, forest": (look, forest),
     }
-
-
-# Three quarters are kept, where the audit would pass at 70 %: at 1 % FPR these still find 1 to 2 % (docs/methods.md).
-WITHOUT_TPR = {"words, neighbours", "words, kernel", "statistics of the audit", "surface, boosting", "surface, forest"}
 
 
 @pytest.mark.slow
@@ -325,9 +318,9 @@ def test_the_captions_of_laion_mi_cannot_be_told_apart():
             score = out_of_fold(x, label, code, make, seed)
             drawn = resampling.bootstrap(score[:, None], label, code, (0.01,), 1000, np.random.default_rng(0))
             # One claim about many intervals: they hold together (docs/decisions.md), so that luck alone breaks none.
-            low, high = metrics.interval(drawn[:, 0, 1], 1 - 0.05 / 20)
+            low, high = metrics.interval(drawn[:, 0, 1], 1 - 0.05 / 16)
             area = metrics.auc(score, label)
             print(f"{name:20} {seed} {area:.4f} [{100 * low:.2f}, {100 * high:.2f}] %")  # noqa: T201 - shown on failure
-            if not (0.48 <= area <= 0.52 and (low <= 0.01 <= high or name in WITHOUT_TPR)):
+            if not (0.48 <= area <= 0.52 and low <= 0.01 <= high):
                 missed.append((name, seed, area, low, high))
     assert not missed
